@@ -1,0 +1,54 @@
+"""Every error a user can meet. A message has a place, a fact and a remedy; the class decides the exit code.
+
+    QbuildError               1
+    ├── ActionFailed          1   an action ran and failed (a killed worker, a full disk, NaN weights)
+    │   └── StoreError        1   the store cannot be read or written
+    ├── ConfigError           2   usage or configuration
+    ├── BudgetRefused         3   the plan cannot fit; nothing was started
+    ├── InputError            4   the input is missing, damaged or not supported
+    └── Interrupted         130
+
+Anything else that escapes is a bug in qbuild and is reported as one (``BUG:``).
+"""
+
+from __future__ import annotations
+
+__all__ = ["ActionFailed", "BudgetRefused", "ConfigError", "InputError", "Interrupted", "QbuildError", "StoreError"]
+
+
+class QbuildError(Exception):
+    """place: fact, then the remedy on lines of its own. All three are plain text without a trailing period."""
+
+    exit_code = 1
+
+    def __init__(self, place: str, fact: str, remedy: str = "") -> None:
+        super().__init__(place, fact, remedy)
+        self.place, self.fact, self.remedy = place, fact, remedy
+
+    def __str__(self) -> str:
+        head = f"{self.place}: {self.fact}" if self.place else self.fact
+        return head + "".join(f"\n  {line}" for line in self.remedy.splitlines())
+
+
+class ActionFailed(QbuildError):
+    exit_code = 1
+
+
+class StoreError(ActionFailed):
+    pass
+
+
+class ConfigError(QbuildError):
+    exit_code = 2
+
+
+class BudgetRefused(QbuildError):
+    exit_code = 3
+
+
+class InputError(QbuildError):
+    exit_code = 4
+
+
+class Interrupted(QbuildError):
+    exit_code = 130

@@ -1,0 +1,136 @@
+"""What this machine has, and the only place that reads the environment. Nothing is read at import."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "Machine",
+    "cache_dir",
+    "cpu_count",
+    "disk_free",
+    "environ",
+    "inspect",
+    "memory_limit",
+    "peak_rss",
+    "process_rss",
+    "worker_environ",
+]
+
+MARGIN = 0.10  # of the memory that is free: other programs grow while a build runs
+
+
+def environ() -> Mapping[str, str]:
+    return os.environ
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for qbuild: ``$XDG_CACHE_HOME/qbuild``, else ``~/.cache/qbuild``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base or os.path.expanduser("~/.cache")) / "qbuild"
+
+
+def worker_environ() -> dict[str, str]:
+    """The environment of a worker: ours, with thread pools of numeric libraries held to one and no telemetry."""
+    env = dict(os.environ)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        env.setdefault(name, "1")
+    env["TOKENIZERS_PARALLELISM"] = "false"
+    env["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    env["PYTHONUNBUFFERED"] = "1"
+    # A freed buffer goes back to the system: the prediction of a peak is then the sum of what is alive.
+    env.setdefault("MALLOC_ARENA_MAX", "2")
+    return env
+
+
+def cpu_count() -> int:
+    """Cores this process may use: the affinity mask, lowered by a cgroup CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here
+    return cores
+
+
+def _meminfo(field: str) -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return None
+
+
+def _cgroup_value(name: str) -> int | None:
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def memory_limit() -> int:
+    """Bytes a build may take by itself: the least of physical, cgroup limit and available memory, less a margin."""
+    total, available = _meminfo("MemTotal"), _meminfo("MemAvailable")
+    if total is None or available is None:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        total, available = memory.total, memory.available
+    limits = [total, available]
+    ceiling = _cgroup_value("memory.max")
+    if ceiling is not None:
+        limits.append(max(0, ceiling - (_cgroup_value("memory.current") or 0)))
+    return int(min(limits) * (1 - MARGIN))
+
+
+def disk_free(path: Path) -> int:
+    """Bytes free for us on the file system that holds ``path`` (or its nearest parent that exists)."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def process_rss(pid: int) -> int:
+    """Resident bytes of one process; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as stat:
+            return int(stat.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        pass
+    if sys.platform.startswith("linux"):
+        return 0
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def peak_rss(usage_maxrss: int) -> int:
+    """``ru_maxrss`` in bytes: Linux counts KiB, macOS bytes."""
+    return usage_maxrss if sys.platform == "darwin" else usage_maxrss * 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A reading of the machine, taken once and passed as a value."""
+
+    cores: int
+    memory: int  # bytes, memory_limit()
+    arch: str  # x86_64, aarch64, ...
+
+
+def inspect() -> Machine:
+    return Machine(cpu_count(), memory_limit(), platform.machine())
