@@ -36,9 +36,13 @@ def cache_dir() -> Path:
     return Path(base or os.path.expanduser("~/.cache")) / "qbuild"
 
 
-def worker_environ() -> dict[str, str]:
-    """The environment of a worker: ours, with thread pools of numeric libraries held to one and no telemetry."""
+def worker_environ(package_root: Path) -> dict[str, str]:
+    """The environment of a worker: ours, with thread pools of numeric libraries held to one and no telemetry.
+
+    ``package_root`` is the folder that holds the package: a worker imports the same qbuild as its parent.
+    """
     env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join([str(package_root), *filter(None, [os.environ.get("PYTHONPATH")])])
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         env.setdefault(name, "1")
     env["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,1 @@
+"""Action kinds. Each is one file with a frozen ``Params`` (only what changes bytes), ``KIND`` and ``SALT``."""

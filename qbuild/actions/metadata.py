@@ -1,0 +1,57 @@
+"""``gguf.metadata``: the key-value pairs that llama.cpp's converter writes for a checkpoint, as one blob.
+
+It needs transformers (config defaults, tokenizers), so it runs in a worker of its own and never at plan time. Its
+inputs are the digests of the small files beside the weights.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qbuild.arch.metadata import metadata
+from qbuild.checkpoint import Checkpoint
+from qbuild.gguffile import KV
+
+KIND = "gguf.metadata"
+SALT = 1
+# transformers' config defaults and tokenizers decide values; a new release is a new key.
+VERSIONS = ("transformers", "tokenizers", "gguf")
+RAM = 420 << 20  # measured: transformers, one tokenizer and its Python strings; see docs/decisions.md
+
+_LENGTHS = struct.Struct("<IQ")
+
+
+@dataclass(frozen=True)
+class Params:
+    """``name`` is the model's name where the user gave one; ``folder`` feeds the converter's name heuristics."""
+
+    name: str | None
+    folder: str
+    weights: str  # digest of names, shapes and dtypes: the converter counts parameters for general.size_label
+
+
+@dataclass(frozen=True)
+class Task:
+    checkpoint: Checkpoint
+    name: str | None
+
+
+def run(task: Task) -> bytes:
+    return pack(metadata(task.checkpoint, task.name))
+
+
+def pack(kvs: Sequence[KV]) -> bytes:
+    """Length-prefixed keys and raw entries."""
+    return b"".join(_LENGTHS.pack(len(kv.key.encode()), len(kv.raw)) + kv.key.encode() + kv.raw for kv in kvs)
+
+
+def unpack(blob: bytes) -> list[KV]:
+    kvs, at = [], 0
+    while at < len(blob):
+        key, raw = _LENGTHS.unpack_from(blob, at)
+        at += _LENGTHS.size
+        kvs.append(KV(blob[at : at + key].decode(), blob[at + key : at + key + raw]))
+        at += key + raw
+    return kvs

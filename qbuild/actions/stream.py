@@ -1,0 +1,484 @@
+"""One pass over a source: every tensor is read once, hashed on the way, and encoded for every file that wants it.
+
+    reader (this thread)          pool of compute threads        writer thread
+    read + hash a chunk   ──────► encode it to each type  ─────► hash, write in place, journal
+
+Buffers are preallocated slots that travel this line and come back, so memory is slots x slot size whatever the model.
+The writer takes chunks in order. A finished tensor is journalled with its digest, and its result is cached, at once:
+a killed pass loses the tensors in flight. The digest of a file is computed as its bytes are written.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from qbuild.actions import tensor
+from qbuild.cache import ActionCache, ActionResult
+from qbuild.checkpoint import Reader, SourceFile
+from qbuild.digest import Digest, Hasher
+from qbuild.errors import InputError
+from qbuild.ggml import QTYPES
+from qbuild.manifest import action_key, walk
+from qbuild.store import Partial, Store
+
+ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of the source: bytes of file ``file`` at ``offset``, or ``data`` that was computed from the config."""
+
+    name: str
+    file: int
+    offset: int
+    nbytes: int
+    digest: Digest | None = None  # known before the read, from an unchanged file's record
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Want:
+    """One ``gguf.tensor`` action: the tensor in one type, and the places (output, offset) its bytes go to."""
+
+    params: tensor.Params
+    places: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """Everything to be made of one output tensor. ``hinted``: results for such a tensor exist, so hash before work."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+    rows: int
+    unit_rows: int
+    wants: tuple[Want, ...]
+    hinted: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.pieces)
+
+
+@dataclass(frozen=True)
+class OutputTask:
+    """A file to be made: ``header`` is complete, ``size`` is that of the whole file."""
+
+    target: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class PassTask:
+    files: tuple[SourceFile, ...]
+    tensors: tuple[TensorTask, ...]
+    outputs: tuple[OutputTask, ...]
+    chunk_bytes: int
+    threads: int
+    recompute: bool = False  # -B: cached results are not used
+
+
+@dataclass
+class Tally:
+    """What a pass did, for build.json."""
+
+    computed: int = 0
+    reused: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+
+STAGES = ("read", "hash", "encode", "write", "wait_slot", "wait_encode")
+
+
+@dataclass(frozen=True)
+class FileResult:
+    target: str
+    digest: Digest
+    computed: int
+    reused: int
+
+
+def slot_bytes(task: PassTask) -> tuple[int, int]:
+    """(bytes of one slot's buffers, scratch bytes of one compute thread) at this task's chunk size."""
+    largest = stage = 0
+    for t in task.tensors:
+        rows = chunk_rows(t, task.chunk_bytes)
+        row = tensor.source_row_bytes(t.wants[0].params)
+        out = sum(_out_row_bytes(w) for w in t.wants)
+        largest = max(largest, rows * (row + out))
+        stage = max(stage, rows * max(tensor.stage_row_bytes(w.params) for w in t.wants))
+    return largest, stage
+
+
+def slots(task: PassTask) -> int:
+    return task.threads + 2  # one being read, one being written
+
+
+def resized(task: PassTask, chunk_bytes: int, threads: int) -> PassTask:
+    """The same work by another strategy."""
+    return replace(task, chunk_bytes=chunk_bytes, threads=threads)
+
+
+def _out_row_bytes(want: Want) -> int:
+    return QTYPES[want.params.type].row_bytes(want.params.cols)
+
+
+def chunk_rows(task: TensorTask, chunk_bytes: int) -> int:
+    """Rows of a chunk: whole units, about ``chunk_bytes`` of source, never more than the tensor's largest piece."""
+    row = tensor.source_row_bytes(task.wants[0].params)
+    units = max(1, chunk_bytes // (row * task.unit_rows))
+    return min(units * task.unit_rows, max(p.nbytes for p in task.pieces) // row)
+
+
+class _OutputFile:
+    """A file being written in place, hashed in order; what arrived out of order is read back at the end."""
+
+    def __init__(self, task: OutputTask, partial: Partial) -> None:
+        self.task, self.partial = task, partial
+        self.hasher = Hasher()
+        self.computed = self.reused = 0
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.partial.write_at(offset, data)
+        self.saw(offset, data)
+
+    def saw(self, offset: int, data: memoryview) -> None:
+        """Bytes known to stand at ``offset``: feed the file's hash when they are next in line."""
+        if offset == self.hasher.size:
+            self.hasher.update(data)
+
+    def finish_tensor(self, offset: int, nbytes: int, digest: Digest) -> None:
+        pad = -(offset + nbytes) % ALIGNMENT
+        if pad:
+            self.write(offset + nbytes, memoryview(bytes(pad)))
+        self.partial.finished(digest, offset)
+
+    def commit(self, buffer: memoryview) -> Digest:
+        while self.hasher.size < self.task.size:
+            part = buffer[: min(len(buffer), self.task.size - self.hasher.size)]
+            self.partial.read_at(self.hasher.size, part)
+            self.hasher.update(part)
+        digest = self.hasher.digest()
+        self.partial.commit(digest)
+        return digest
+
+
+class _Slot:
+    def __init__(self, nbytes: int) -> None:
+        self.buffer = np.empty(nbytes, np.uint8)
+
+
+@dataclass
+class _Chunk:
+    slot: _Slot
+    task: TensorTask
+    row: int
+    rows: int
+    raw: np.ndarray
+    outs: list[np.ndarray]
+    last: bool
+
+
+@dataclass
+class _Open:
+    """A tensor in flight: which wants are computed, their output hashers, and the locks held for them."""
+
+    task: TensorTask
+    wants: list[Want]
+    locks: ExitStack
+    started: float
+    digests: list[Digest]
+    hashers: list[Hasher]
+
+
+class Pass:
+    """Runs one PassTask. ``emit`` gets progress values; it is called from one thread at a time."""
+
+    def __init__(self, task: PassTask, store: Store, emit: Callable[[dict], None]) -> None:
+        self.task, self.store, self.cache, self.emit = task, store, ActionCache(store), emit
+        self.tally = Tally()
+        self.free: queue.Queue[_Slot] = queue.Queue()
+        self.ready: queue.Queue[tuple[_Open, _Chunk, Future] | None] = queue.Queue()
+        self.failure: BaseException | None = None
+        self.outputs: list[_OutputFile] = []
+        self.done_tensors = self.done_bytes = 0
+        self.emitted = 0.0
+
+    def run(self) -> list[FileResult]:
+        size, _ = slot_bytes(self.task)
+        for _ in range(slots(self.task)):
+            self.free.put(_Slot(size))
+        with ExitStack() as stack:
+            for index, output in enumerate(self.task.outputs):
+                name = Hasher()
+                name.update(output.header)
+                partial = stack.enter_context(self.store.partial(name.digest().hash, output.size))
+                self.outputs.append(_OutputFile(output, partial))
+                self.outputs[index].write(0, memoryview(output.header))
+            reader = stack.enter_context(Reader(self.task.files))
+            self._stream(reader)
+            self.tally.read_bytes = reader.bytes_read
+            return [self._commit(o) for o in self.outputs]
+
+    def _stream(self, reader: Reader) -> None:
+        writer = threading.Thread(target=self._write_all, name="qbuild-writer")
+        writer.start()
+        try:
+            with ThreadPoolExecutor(self.task.threads, "qbuild-encode") as pool:
+                for task in self.task.tensors:
+                    self._one(task, reader, pool)
+                    if self.failure is not None:
+                        break
+        except BaseException as error:
+            self.failure = self.failure or error
+        finally:
+            self.ready.put(None)
+            writer.join()
+        if self.failure is not None:
+            raise self.failure
+
+    # reader side -----------------------------------------------------------------------------------------------------
+
+    def _one(self, task: TensorTask, reader: Reader, pool: ThreadPoolExecutor) -> None:
+        digests = [p.digest if p.data is None else _digest(p.data) for p in task.pieces]
+        if task.hinted and None in digests:
+            digests = [d or self._hash_piece(p, reader) for p, d in zip(task.pieces, digests, strict=True)]
+        locks = ExitStack()
+        try:
+            for want in task.wants:
+                locks.enter_context(self.store.lock(self._lock_name(task, want), on_wait=self._waiting))
+            todo = [w for w in task.wants if None in digests or not self._reuse(task, w, digests)]
+            if not todo:
+                locks.close()
+                self._progress(task, 1, task.nbytes)
+                return
+            work = _Open(task, todo, locks, time.monotonic(), [], [Hasher() for _ in todo])
+            for chunk in self._chunks(work, reader):
+                params = [w.params for w in todo]
+                self.ready.put((work, chunk, pool.submit(self._encode, chunk, params)))
+                if self.failure is not None:
+                    return
+        except BaseException:
+            locks.close()
+            raise
+
+    def _hash_piece(self, piece: Piece, reader: Reader) -> Digest:
+        hasher, slot = Hasher(), self.free.get()
+        try:
+            view = memoryview(slot.buffer)
+            for start in range(0, piece.nbytes, len(view)):
+                part = view[: min(len(view), piece.nbytes - start)]
+                self._read(reader, piece, start, part)
+                hasher.update(part)
+        finally:
+            self.free.put(slot)
+        digest = hasher.digest()
+        self._record(piece, digest)
+        return digest
+
+    def _record(self, piece: Piece, digest: Digest) -> None:
+        if piece.data is None:
+            self.store.put_source_digest(self.task.files[piece.file].identity(), piece.offset, digest)
+
+    def _read(self, reader: Reader, piece: Piece, start: int, into: memoryview) -> None:
+        began = time.monotonic()
+        if piece.data is None:
+            reader.read_into(piece.file, piece.offset + start, into)
+        else:
+            into[:] = piece.data[start : start + len(into)]
+        self.tally.seconds["read"] += time.monotonic() - began
+
+    def _lock_name(self, task: TensorTask, want: Want) -> str:
+        """Named by place, not by content: two builds that start cold do not know the digests yet."""
+        places = tuple((str(self.task.files[p.file].path), p.offset, p.nbytes) for p in task.pieces if p.data is None)
+        return _digest(repr((places, task.name if not places else "", want.params)).encode()).hash
+
+    def _waiting(self) -> None:
+        self.emit({"event": "message", "level": "info", "text": "waiting for another build that makes the same tensor"})
+
+    def _chunks(self, work: _Open, reader: Reader) -> Iterator[_Chunk]:
+        task, first = work.task, 0
+        row_bytes = tensor.source_row_bytes(task.wants[0].params)
+        step = chunk_rows(task, self.task.chunk_bytes)
+        for index, piece in enumerate(task.pieces):
+            hasher, total = Hasher(), piece.nbytes // row_bytes
+            for start in range(0, total, step):
+                rows = min(step, total - start)
+                began = time.monotonic()
+                slot = self.free.get()
+                self.tally.seconds["wait_slot"] += time.monotonic() - began
+                chunk = self._carve(slot, work, first + start, rows)
+                view = memoryview(chunk.raw).cast("B")
+                self._read(reader, piece, start * row_bytes, view)
+                began = time.monotonic()
+                hasher.update(view)
+                self.tally.seconds["hash"] += time.monotonic() - began
+                chunk.last = index == len(task.pieces) - 1 and start + rows == total
+                if start + rows == total:
+                    work.digests.append(self._checked(piece, hasher.digest()))
+                yield chunk
+            first += total
+
+    def _checked(self, piece: Piece, digest: Digest) -> Digest:
+        if piece.digest is not None and piece.digest != digest:
+            path = self.task.files[piece.file].path if piece.data is None else piece.name
+            self.store.forget_source(self.task.files[piece.file].identity())
+            fact = f"{piece.name} changed although its size and times did not"
+            raise InputError(str(path), fact, "run again: the old record is dropped and the file is hashed anew")
+        self._record(piece, digest)
+        return digest
+
+    def _carve(self, slot: _Slot, work: _Open, row: int, rows: int) -> _Chunk:
+        width = tensor.source_row_bytes(work.task.wants[0].params)
+        raw = slot.buffer[: rows * width].reshape(rows, width)
+        outs, at = [], rows * width
+        for want in work.wants:
+            width = _out_row_bytes(want)
+            outs.append(slot.buffer[at : at + rows * width].reshape(rows, width))
+            at += rows * width
+        return _Chunk(slot, work.task, row, rows, raw, outs, False)
+
+    # compute ---------------------------------------------------------------------------------------------------------
+
+    def _encode(self, chunk: _Chunk, params: list[tensor.Params]) -> float:
+        began = time.monotonic()
+        for want, out in zip(params, chunk.outs, strict=True):
+            try:
+                tensor.encode(chunk.raw, want, out)
+            except tensor.BadWeights as bad:
+                at = f" in row {chunk.row + bad.row}" if bad.row is not None else ""
+                raise InputError(chunk.task.pieces[0].name, bad.fact + at, bad.remedy) from None
+        return time.monotonic() - began
+
+    # reuse -----------------------------------------------------------------------------------------------------------
+
+    def _reuse(self, task: TensorTask, want: Want, digests: list[Digest]) -> bool:
+        """Put a cached tensor in its places, verified byte for byte; False where it must be computed."""
+        if self.task.recompute:
+            return False
+        result = self.cache.get(key_of(want.params, digests))
+        if result is None:
+            return False
+        digest = result.outputs[0]
+        for index, offset in want.places:
+            if not self._copy(digest, self.outputs[index], offset):
+                return False
+        for index, offset in want.places:
+            self.outputs[index].finish_tensor(offset, digest.size, digest)
+            self.outputs[index].reused += 1
+        self.tally.reused += 1
+        return True
+
+    def _copy(self, digest: Digest, output: _OutputFile, offset: int) -> bool:
+        place = self.store.locate(digest)
+        if place is None:
+            return False
+        in_place = place.path == output.partial.path and place.offset == offset
+        hasher, slot = Hasher(), self.free.get()
+        try:
+            view = memoryview(slot.buffer)
+            for start in range(0, digest.size, len(view)):
+                part = view[: min(len(view), digest.size - start)]
+                if not self.store.read_slice(place, start, part):
+                    return False
+                hasher.update(part)
+                if not in_place:
+                    output.partial.write_at(offset + start, part)
+                    self.tally.written_bytes += len(part)
+            if hasher.digest() != digest:
+                self.store.forget(place, digest)
+                return False
+            return True
+        finally:
+            self.free.put(slot)
+
+    # writer side -----------------------------------------------------------------------------------------------------
+
+    def _write_all(self) -> None:
+        while True:
+            began = time.monotonic()
+            item = self.ready.get()
+            if item is None:
+                return
+            work, chunk, future = item
+            try:
+                self.tally.seconds["encode"] += future.result()
+                self.tally.seconds["wait_encode"] += time.monotonic() - began
+                if self.failure is None:
+                    self._write(work, chunk)
+            except BaseException as error:
+                self.failure = self.failure or error
+            finally:
+                self.free.put(chunk.slot)
+                if chunk.last or self.failure is not None:
+                    work.locks.close()
+
+    def _write(self, work: _Open, chunk: _Chunk) -> None:
+        began = time.monotonic()
+        for want, hasher, out in zip(work.wants, work.hashers, chunk.outs, strict=True):
+            data = memoryview(out).cast("B")
+            hasher.update(data)
+            for index, offset in want.places:
+                self.outputs[index].write(offset + chunk.row * out.shape[1], data)
+                self.tally.written_bytes += len(data)
+        if chunk.last:
+            self._finish(work)
+        self.tally.seconds["write"] += time.monotonic() - began
+        self._progress(work.task, int(chunk.last), chunk.raw.nbytes)
+
+    def _finish(self, work: _Open) -> None:
+        seconds = time.monotonic() - work.started
+        for want, hasher in zip(work.wants, work.hashers, strict=True):
+            digest = hasher.digest()
+            for index, offset in want.places:
+                self.outputs[index].finish_tensor(offset, digest.size, digest)
+                self.outputs[index].computed += 1
+            key = key_of(want.params, work.digests)
+            self.cache.put(key, ActionResult(tensor.KIND, (digest,), seconds))
+            self.cache.note_hint(hint_of(work.task.name, work.task.nbytes, want.params.type))
+            self.tally.computed += 1
+
+    def _progress(self, task: TensorTask, tensors: int, nbytes: int) -> None:
+        self.done_tensors += tensors
+        self.done_bytes += nbytes
+        now = time.monotonic()
+        if now - self.emitted > 0.1 or self.done_tensors == len(self.task.tensors):
+            self.emitted = now
+            seconds = self.tally.seconds
+            self.emit({"event": "progress", "tensors": self.done_tensors, "bytes": self.done_bytes,
+                       "current": task.name, "seconds": dict(seconds)})  # fmt: skip
+
+    def _commit(self, output: _OutputFile) -> FileResult:
+        slot = self.free.get()
+        digest = output.commit(memoryview(slot.buffer))
+        self.free.put(slot)
+        return FileResult(output.task.target, digest, output.computed, output.reused)
+
+
+def _digest(data: bytes) -> Digest:
+    hasher = Hasher()
+    hasher.update(data)
+    return hasher.digest()
+
+
+def key_of(params: tensor.Params, digests: list[Digest]) -> str:
+    """The action key of a tensor whose source digests are known."""
+    inputs = [(f"source {i}", d) for i, d in enumerate(digests)]
+    return action_key(walk(tensor.KIND, tensor.SALT, params, inputs))
+
+
+def hint_of(name: str, nbytes: int, type_: str) -> str:
+    """Says that a result for a tensor of this name, size and type exists: hashing before work may spare the work."""
+    return f"{name}|{nbytes}|{type_}"

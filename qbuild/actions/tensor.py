@@ -1,0 +1,99 @@
+"""``gguf.tensor``: rows of a source tensor, transformed, stored as the converter would, quantized to one type.
+
+Blocks depend on their own row alone, so a tensor is encoded chunk by chunk and the chunking cannot change the bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qbuild import kernels
+from qbuild.arch.convert import Transform
+from qbuild.ggml import QTYPES
+
+KIND = "gguf.tensor"
+SALT = 1
+
+_VIEWS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+class BadWeights(Exception):
+    """Weights that no output can hold; the caller knows the place. ``row`` counts from the first row encoded."""
+
+    def __init__(self, row: int | None, fact: str, remedy: str) -> None:
+        super().__init__(row, fact, remedy)
+        self.row, self.fact, self.remedy = row, fact, remedy
+
+
+@dataclass(frozen=True)
+class Params:
+    """What changes the bytes of a tensor, besides its source bytes (and its slice of an importance matrix).
+
+    ``dtype`` is how the source bytes read, ``stored`` what llama.cpp's converter would write between source and
+    quantizer (float32 sources go through float16 there, so they do here), ``type`` what comes out.
+    """
+
+    type: str
+    stored: str
+    dtype: str
+    cols: int
+    transform: Transform
+
+
+def source_row_bytes(params: Params) -> int:
+    return QTYPES[params.dtype].row_bytes(params.cols)
+
+
+def stage_row_bytes(params: Params) -> int:
+    """Scratch per row beside the source and output buffers: the widened or transformed copy, if one is made."""
+    if params.type == params.dtype and params.transform.kind == "none":
+        return 0
+    if params.dtype == params.stored and params.transform.kind == "none" and QTYPES[params.type].quantized:
+        return 0
+    return 4 * params.cols
+
+
+def encode(raw: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray | None = None) -> None:
+    """Encode whole rows. ``raw``: uint8 [rows, source row bytes]; ``out``: uint8 [rows, output row bytes].
+
+    Raises BadWeights when a weight is NaN or infinite, or a block scale leaves float16's range: llama.cpp refuses
+    such tensors too, and a file with them answers nonsense.
+    """
+    plain = params.transform.kind == "none"
+    if plain and params.type == params.dtype and QTYPES[params.type].quantized:
+        out[:] = raw
+        return
+    rows = raw.shape[0]
+    if QTYPES[params.dtype].quantized:
+        values = kernels.dequantize(raw, params.dtype)
+    else:
+        values = raw.view(_VIEWS[params.dtype]).reshape(rows, params.cols)
+    bad = kernels.first_nonfinite(values)
+    if bad is not None:
+        raise BadWeights(bad, "NaN or infinite weights", "repair the checkpoint: no format can hold them")
+    if not plain:
+        values = params.transform.apply(values)
+    _encode_values(values, params, out, imatrix)
+
+
+
+def _encode_values(values: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray | None) -> None:
+    held = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint16): "BF16"}[values.dtype]
+    if held != params.stored and not QTYPES[params.stored].quantized:
+        stored = np.empty(values.shape, _VIEWS[params.stored])
+        kernels.cast_into(values, stored, held, params.stored)
+        values, held = stored, params.stored
+    if not QTYPES[params.type].quantized:
+        target = out.view(_VIEWS[params.type]).reshape(values.shape)
+        if held == params.type:
+            target[:] = values
+        else:
+            kernels.cast_into(values, target, held, params.type)
+        return
+    kernels.quantize_into(values, out, params.type, imatrix)
+    block = kernels.invalid_blocks(out, params.type)
+    if block is not None:
+        fact = f"a {params.type} block scale is outside float16's range"
+        raise BadWeights(None, fact, "choose a wider type for it: targets.<name>.tensor_types, or bf16")

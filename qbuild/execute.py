@@ -1,0 +1,276 @@
+"""Plan → results: runs what is missing, in workers, and writes the outputs and ``build.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import qbuild
+from qbuild import machine, plan, schema, worker
+from qbuild.actions import file, metadata, stream, warm
+from qbuild.cache import ActionCache, ActionResult
+from qbuild.digest import Digest, digest_bytes
+from qbuild.errors import ConfigError
+from qbuild.graph import Source
+from qbuild.lower import PARENT_RAM, Wanted, header, layout, pass_task, predict_ram
+from qbuild.manifest import action_key
+from qbuild.plan import Judge, Plan
+from qbuild.progress import Sink, Status
+from qbuild.recipe import FileTarget
+
+__all__ = ["build"]
+
+
+def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
+    """Make everything the configuration asks for; returns the content of ``build.json``."""
+    began = time.monotonic()
+    made = plan.make(config, fetch=True)
+    with ExitStack() as stack:
+        stack.enter_context(made.store.in_use())
+        waited = False
+        for name in sorted(_lock_names(made)):
+            waited |= stack.enter_context(_locked(made, name, sink))
+        if waited:  # the other build may have made what we wanted
+            made = plan.make(config, fetch=True)
+        run = _Build(made, sink)
+        run.all()
+        return run.report(time.monotonic() - began)
+
+
+def _lock_names(made: Plan) -> list[str]:
+    """One lock per file to be made, named by where its bytes come from: builds that start cold know no digests."""
+    identities = tuple(f.identity() for f in made.resolved.checkpoint.files)
+    names = []
+    for target in made.targets:
+        if target.verdict.state != "hit":
+            params = made.resolved.graph.actions[f"file:{target.name}"].params
+            names.append(digest_bytes(repr((identities, params)).encode()).hash)
+    return names
+
+
+@contextmanager
+def _locked(made: Plan, name: str, sink: Sink) -> Iterator[bool]:
+    """Hold a lock; yields whether another build held it first."""
+    waits: list[str] = []
+
+    def on_wait() -> None:
+        waits.append(name)
+        sink.message("info", "waiting for another build that makes the same file")
+
+    with made.store.lock(name, on_wait=on_wait):
+        yield bool(waits)
+
+
+class _Build:
+    """One run of a plan. Each step leaves its result in the store before the next begins."""
+
+    def __init__(self, made: Plan, sink: Sink) -> None:
+        self.plan, self.sink = made, sink
+        self.store, self.resolved = made.store, made.resolved
+        self.cache = ActionCache(made.store)
+        self.judge = Judge(made.resolved, made.store, rebuild=False)
+        self.results: dict[str, dict[str, Any]] = {}
+        self.totals: dict[str, Any] = {"computed": 0, "reused": 0, "read_bytes": 0, "written_bytes": 0, "seconds": {}}
+        self.peak = 0
+
+    def all(self) -> None:
+        self.judge.verdicts = dict(self.plan.verdicts)
+        damaged = [t for t in self.plan.targets if t.verdict.state == "hit" and not self._serve(t.name)]
+        todo = [t for t in self.resolved.targets if t.name not in self.results]
+        if damaged:
+            self.judge.all()
+            names = ", ".join(t.name for t in damaged)
+            self.sink.message("warning", f"the stored file of {names} was damaged: it is dropped and made again")
+        if todo:
+            self._metadata()
+            self._warm(todo)
+            self._pass(todo)
+
+    def _serve(self, name: str) -> bool:
+        """Put a stored file in place, verified; False (and forgotten) when it is damaged."""
+        target = next(t for t in self.plan.targets if t.name == name)
+        digest = target.verdict.outputs[0]
+        if not self.store.output_current(target.path, digest):
+            if not self.store.check_blob(digest):
+                return False
+            self._link(target.path, digest, name)
+        counts = {"hit": len(self._target(name).tensors)}
+        self.results[name] = self._result(name, digest, counts, 0.0)
+        return True
+
+    def _link(self, path: Path, digest: Digest, name: str) -> None:
+        self.store.link_out(digest, path, self.resolved.config.store.link, target=name)
+
+    def _target(self, name: str) -> FileTarget:
+        return next(t for t in self.resolved.targets if t.name == name)
+
+    def _job(self, kind: str, label: str, task: Any, predicted: int) -> worker.Done:
+        limit = max(0, self.plan.budget.ram - PARENT_RAM)
+        store = self.store.root if kind == "gguf.pass" else None
+        done = worker.run(worker.Job(kind, label, task, store, predicted, limit), self._event)
+        self.peak = max(self.peak, done.peak)
+        return done
+
+    def _metadata(self) -> None:
+        if self.resolved.checkpoint.kind == "gguf" or self.judge.verdicts["metadata"].outputs:
+            return
+        action = self.resolved.graph.actions["metadata"]
+        digests, missing = self.judge.inputs(action)
+        assert not missing, missing
+        key = action_key(plan.manifest_parts(action, digests))
+        with self.store.lock(key):
+            result = None if self.resolved.config.rebuild else self.cache.get(key)
+            if result is None:
+                self.sink.message("info", "reading the tokenizer and the model's metadata")
+                task = metadata.Task(self.resolved.checkpoint, self.resolved.config.model.name)
+                done = self._job(metadata.KIND, "metadata", task, metadata.RAM)
+                result = ActionResult(metadata.KIND, (self.store.put_bytes(done.value),), done.seconds, done.peak)
+                self.cache.put(key, result)
+        self.judge.verdicts["metadata"] = plan.Verdict("run", "made", key, result.outputs)
+
+    def _warm(self, todo: list[FileTarget]) -> None:
+        """Compile what has not been compiled on this machine, in a process of its own."""
+        types = {action.params.type for t in todo for action in map(self.resolved.graph.actions.get, t.tensors) if action}
+        dtypes = {t.dtype for t in self.resolved.checkpoint.tensors.values()}
+        stored = {spec.stored for t in todo for spec, _ in t.choices}
+        task = warm.Task(tuple(sorted(types)), tuple(sorted(dtypes | stored)))
+        stamp = warm.stamp(task)
+        if not self.cache.has_hint(stamp):
+            self.sink.message("info", f"compiling kernels for {', '.join(task.types)} (once per machine)")
+            self._job("kernels.warm", "compiling kernels", task, warm.RAM)
+            self.cache.note_hint(stamp)
+
+    def _pass(self, todo: list[FileTarget]) -> None:
+        wanted = []
+        for target in todo:
+            kvs = self.judge.kvs(target)
+            assert kvs is not None
+            wanted.append(Wanted(target, layout(target, sum(len(kv.raw) for kv in kvs)), header(target, kvs)))
+        actions = [self.resolved.graph.actions[a] for t in todo for a in t.tensors]
+        sources = {i for a in actions for _, i in a.inputs if isinstance(i, Source)}
+        known = {s: d for s in sources if (d := self.judge.digest(s)) is not None}
+        hinted = {a.id for a in actions if self.judge.verdicts[a.id].state != "run"}
+        task = pass_task(self.resolved, wanted, self.plan.strategy, known, hinted)
+        label = "gguf pass " + ", ".join(f"'{t.name}'" for t in todo)
+        self._start(task)
+        try:
+            done = self._job("gguf.pass", label, task, predict_ram(task))
+        finally:
+            self.sink.finish()
+        files, tally = done.value
+        self._finish(files, tally, done)
+
+    def _finish(self, files: list[stream.FileResult], tally: stream.Tally, done: worker.Done) -> None:
+        for name in ("computed", "reused", "read_bytes", "written_bytes", "seconds"):
+            self.totals[name] = getattr(tally, name)
+        judge = Judge(self.resolved, self.store, rebuild=False)
+        judge.all()
+        self.judge = judge
+        for made in files:
+            verdict = judge.verdicts[f"file:{made.target}"]
+            assert verdict.key is not None, verdict
+            result = ActionResult(file.KIND, (made.digest,), done.seconds, done.peak)
+            self.cache.put(verdict.key, result)
+            target = next(t for t in self.plan.targets if t.name == made.target)
+            self._link(target.path, made.digest, made.target)
+            counts = {"hit": made.reused, "run": made.computed}
+            self.results[made.target] = self._result(made.target, made.digest, counts, done.seconds)
+
+    def _result(self, name: str, digest: Digest, counts: dict[str, int], seconds: float) -> dict[str, Any]:
+        target = next(t for t in self.plan.targets if t.name == name)
+        ran = counts.get("run", 0) > 0
+        return {
+            "path": str(target.path),
+            "digest": str(digest),
+            "bytes": digest.size,
+            "bits_per_weight": round(8 * digest.size / target.weights, 4),
+            "verdicts": {k: v for k, v in counts.items() if v},
+            "seconds": round(seconds, 3),
+            "peak_ram": self.peak + machine.process_rss(os.getpid()) if ran else 0,
+            "predicted_ram": self.plan.footprint.ram if ran else 0,
+        }
+
+    # progress and report ----------------------------------------------------------------------------------------------
+
+    def _start(self, task: stream.PassTask) -> None:
+        self.began = time.monotonic()
+        self.todo_tensors, self.todo_bytes = len(task.tensors), sum(t.nbytes for t in task.tensors)
+        title = f"{self.resolved.name} → {', '.join(o.target for o in task.outputs)}"
+        self.sink.start(title, self.todo_tensors, self.todo_bytes, self.plan.budget.ram)
+
+    def _event(self, event: dict) -> None:
+        if event["event"] == "message":
+            self.sink.message(event["level"], event["text"])
+            return
+        elapsed = max(time.monotonic() - self.began, 1e-3)
+        rate = event["bytes"] / elapsed
+        weights = sum(spec.weights for spec in self.resolved.specs.values())
+        self.sink.update(
+            Status(
+                tensors_done=event["tensors"],
+                tensors_total=self.todo_tensors,
+                bytes_done=event["bytes"],
+                bytes_total=self.todo_bytes,
+                weights_per_s=rate * weights / max(self.todo_bytes, 1),
+                eta_s=(self.todo_bytes - event["bytes"]) / rate if rate else None,
+                rss=event["rss"] + machine.process_rss(os.getpid()),
+                budget=self.plan.budget.ram,
+                bound=_bound(event["seconds"], self.plan),
+                current=event["current"],
+            )
+        )
+
+    def report(self, seconds: float) -> dict[str, Any]:
+        """The content of ``build.json``, written beside the outputs when anything about it changed."""
+        resolved = self.resolved
+        files = {f.path.name: f.path.stat().st_size for f in resolved.checkpoint.files}
+        document = {
+            "model": {
+                "name": resolved.name,
+                "source": resolved.checkpoint.source,
+                "revision": resolved.checkpoint.revision,
+                "files": files,
+                "inputs": self._provenance(),
+            },
+            "targets": {t.name: self.results[t.name] for t in self.plan.targets},
+            "totals": self.totals | {"wall_seconds": round(seconds, 3)},
+            "versions": {"qbuild": qbuild.__version__} | dict(plan.versions()),
+        }
+        path = self.plan.out / "build.json"
+        if self.totals["computed"] or self.totals["reused"] or not path.exists():
+            write_json(path, document)
+        return document
+
+    def _provenance(self) -> str:
+        """One digest over every source digest: equal for equal weights and side files, wherever they lie."""
+        judge, texts = self.judge, []
+        for action in self.resolved.graph.actions.values():
+            for role, item in action.inputs:
+                if isinstance(item, Source):
+                    texts.append(f"{item.name} {role} {judge.digest(item)}")
+        return str(digest_bytes("\n".join(sorted(set(texts))).encode()))
+
+
+def _bound(seconds: dict[str, float], made: Plan) -> str:
+    """What holds the build back: where the pipeline waits."""
+    if made.strategy.threads < made.budget.threads:
+        return "memory"
+    if seconds["wait_slot"] > seconds["read"]:
+        return "disk" if seconds["write"] > seconds["wait_encode"] else "CPU"
+    return "disk" if seconds["read"] > seconds["hash"] else "CPU"
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Atomically: a reader sees the old document or the new one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(document, indent=2) + "\n")
+        beside.replace(path)
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be written: {error.strerror}", "choose another folder: out=DIRECTORY") from None

@@ -1,0 +1,119 @@
+"""Graph → passes: where each tensor's bytes go, how a pass runs inside its budget, and what it will need.
+
+Chunk size and threads are strategy: they change the footprint and the time, never the bytes, so they are in no key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qbuild import gguffile
+from qbuild.actions import stream
+from qbuild.budget import Budget, Remedy, refuse
+from qbuild.digest import Digest
+from qbuild.gguffile import KV
+from qbuild.graph import Source
+from qbuild.recipe import FileTarget, Resolved
+
+CHUNKS = tuple(1 << power for power in (23, 22, 21, 20, 19, 18))  # bytes of source in one chunk, best first
+PARENT_RAM = 96 << 20  # the build's own process beside its worker: Hydra, rich, SQLite
+WORKER_RAM = 190 << 20  # a worker with numpy, numba and compiled kernels loaded, before any buffer
+TENSOR_RAM = 4 << 10  # Python objects of one tensor of a pass
+
+
+@dataclass(frozen=True)
+class Strategy:
+    chunk_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of a file stand: ``offsets`` from the start of the file, ``size`` of all of it."""
+
+    offsets: tuple[int, ...]
+    size: int
+
+
+def layout(target: FileTarget, kv_bytes: int) -> Layout:
+    """The layout of a file whose key-value pairs take ``kv_bytes``."""
+    tensors = [(spec.name, spec.shape, type_) for spec, type_ in target.choices]
+    start = gguffile.header_size(kv_bytes, tensors)
+    offsets, size = gguffile.layout(tensors)
+    return Layout(tuple(start + offset for offset in offsets), start + size)
+
+
+def header(target: FileTarget, kvs: list[KV]) -> bytes:
+    return gguffile.header(kvs, [(spec.name, spec.shape, type_) for spec, type_ in target.choices])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file that a pass will make: its header is empty while only its size is asked for."""
+
+    target: FileTarget
+    layout: Layout
+    header: bytes = b""
+
+
+def pass_task(
+    resolved: Resolved, wanted: list[Wanted], strategy: Strategy, known: Mapping[Source, Digest], hinted: set[str]
+) -> stream.PassTask:
+    """The pass that makes ``wanted``: each tensor is read once, in file order, for every place that wants it.
+
+    ``known``: digests of source bytes that need no read. ``hinted``: actions whose results may be stored already.
+    """
+    places: dict[str, list[tuple[int, int]]] = {}
+    tensors: dict[str, set[str]] = {}  # tensor name -> its actions, one per type
+    for index, item in enumerate(wanted):
+        choices = zip(item.target.choices, item.target.tensors, item.layout.offsets, strict=True)
+        for (spec, _), action, offset in choices:
+            places.setdefault(action, []).append((index, offset))
+            tensors.setdefault(spec.name, set()).add(action)
+    tasks = tuple(_tensor_task(resolved, name, sorted(a), places, known, hinted) for name, a in tensors.items())
+    outputs = tuple(stream.OutputTask(w.target.name, w.header, w.layout.size) for w in wanted)
+    rebuild = resolved.config.rebuild
+    return stream.PassTask(resolved.checkpoint.files, tasks, outputs, strategy.chunk_bytes, strategy.threads, rebuild)
+
+
+def _tensor_task(
+    resolved: Resolved,
+    name: str,
+    actions: list[str],
+    places: dict[str, list[tuple[int, int]]],
+    known: Mapping[Source, Digest],
+    hinted: set[str],
+) -> stream.TensorTask:
+    graph, spec = resolved.graph, resolved.specs[name]
+    numbers = {str(f.path): index for index, f in enumerate(resolved.checkpoint.files)}
+    pieces = []
+    for _, item in graph.actions[actions[0]].inputs:
+        if isinstance(item, Source):
+            pieces.append(stream.Piece(item.name, numbers.get(item.file, 0), item.offset, item.nbytes, known.get(item)))
+        elif spec.data is not None:
+            pieces.append(stream.Piece(name, -1, 0, len(spec.data), None, spec.data))
+    wants = tuple(stream.Want(graph.actions[a].params, tuple(places[a])) for a in actions)
+    return stream.TensorTask(name, tuple(pieces), resolved.unit_rows(spec), wants, not hinted.isdisjoint(actions))
+
+
+def predict_ram(task: stream.PassTask) -> int:
+    """Peak bytes of the worker that runs ``task``."""
+    slot, scratch = stream.slot_bytes(task)
+    headers = sum(len(o.header) for o in task.outputs)
+    return WORKER_RAM + stream.slots(task) * slot + task.threads * scratch + len(task.tensors) * TENSOR_RAM + 3 * headers
+
+
+def choose_strategy(resolved: Resolved, wanted: list[Wanted], budget: Budget) -> tuple[Strategy, int]:
+    """The fastest way that fits and its predicted RAM, worker and parent together. Raises BudgetRefused."""
+    least = 0
+    base = pass_task(resolved, wanted, Strategy(CHUNKS[0], budget.threads), {}, set())
+    for threads in range(budget.threads, 0, -1):
+        for chunk in CHUNKS:
+            task = stream.resized(base, chunk, threads)
+            least = PARENT_RAM + predict_ram(task)
+            if least <= budget.ram:
+                return Strategy(chunk, threads), least
+    names = ", ".join(f"'{w.target.name}'" for w in wanted)
+    override = f"budget.ram={-(-least // (1 << 20))}MiB"
+    raise refuse(f"gguf pass {names}", "RAM", least, budget.ram, [Remedy("the least it runs in", least, override)])

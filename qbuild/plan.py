@@ -1,0 +1,340 @@
+"""Graph → plan: every action with a verdict and the reason, footprints against the budget, and what it will cost.
+
+The plan reads the store's index and small files beside the weights. It loads no kernels, no transformers, no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from qbuild import machine, schema
+from qbuild.actions import file, metadata, stream, tensor
+from qbuild.arch.metadata import quantized_kvs
+from qbuild.budget import Budget, Footprint, Remedy, parse_size, refuse
+from qbuild.cache import ActionCache
+from qbuild.digest import Digest, Hasher
+from qbuild.errors import InputError
+from qbuild.ggml import QTYPES
+from qbuild.gguffile import KV
+from qbuild.graph import Action, Source
+from qbuild.lower import CHUNKS, Strategy, Wanted, choose_strategy, layout, pass_task
+from qbuild.manifest import action_key, walk
+from qbuild.recipe import FileTarget, Resolved, resolve
+from qbuild.store import Store
+
+__all__ = ["Judge", "Plan", "TargetPlan", "Verdict", "make", "manifest_parts"]
+
+# Weights a second on one core of a 2023 server; replaced by this machine's own rates after its first build.
+TYPICAL_RATE = {"F32": 2e9, "F16": 1e9, "BF16": 2e9, "Q8_0": 5e8, "Q2_K": 1.2e8, "Q3_K": 2e8, "Q4_K": 1.5e8,
+                "Q5_K": 1.3e8, "Q6_K": 1.5e8}  # fmt: skip
+
+SALTS = {tensor.KIND: tensor.SALT, file.KIND: file.SALT, metadata.KIND: metadata.SALT}
+
+@dataclass(frozen=True)
+class Verdict:
+    """``hit``: a result is stored. ``run``: it will be made. ``unknown``: the source must be hashed first."""
+
+    state: str
+    why: str
+    key: str | None = None
+    outputs: tuple[Digest, ...] = ()
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    name: str
+    path: Path
+    verdict: Verdict
+    bytes: int
+    exact: bool  # False: the metadata has not been read yet, its size is estimated
+    weights: int
+    types: dict[str, tuple[int, int]]  # type -> (tensors, bytes)
+    verdicts: dict[str, int]  # of its tensors
+    seconds: float | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.weights
+
+    def to_json(self) -> dict[str, Any]:
+        verdict = {"state": self.verdict.state, "why": self.verdict.why}
+        return asdict(self) | {"path": str(self.path), "verdict": verdict, "bits_per_weight": self.bits_per_weight}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build would do. ``verdicts`` is by action id."""
+
+    resolved: Resolved
+    store: Store
+    budget: Budget
+    out: Path
+    verdicts: dict[str, Verdict]
+    targets: tuple[TargetPlan, ...]
+    strategy: Strategy
+    footprint: Footprint
+    read_bytes: int
+
+    @property
+    def null(self) -> bool:
+        return all(t.verdict.state == "hit" for t in self.targets)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": {"name": self.resolved.name, "source": self.resolved.checkpoint.source},
+            "out": str(self.out),
+            "budget": asdict(self.budget),
+            "predicted": asdict(self.footprint) | {"read_bytes": self.read_bytes, "seconds": self.seconds},
+            "strategy": asdict(self.strategy),
+            "targets": {t.name: t.to_json() for t in self.targets},
+        }
+
+    @property
+    def seconds(self) -> float | None:
+        times = [t.seconds for t in self.targets if t.verdict.state != "hit"]
+        return None if None in times else sum(t for t in times if t is not None)
+
+
+def manifest_parts(action: Action, digests: list[tuple[str, Digest]]) -> Iterator[tuple[str, str]]:
+    """The walk of an action whose input digests are known: its key, and its explanation."""
+    return walk(action.kind, SALTS[action.kind], action.params, digests, _versions(action.kind))
+
+
+def _versions(kind: str) -> list[tuple[str, str]]:
+    if kind != metadata.KIND:
+        return []
+    found = []
+    for package in metadata.VERSIONS:
+        try:
+            found.append((package, version(package)))
+        except PackageNotFoundError:
+            raise InputError("environment", f"the package {package} is missing", f"pip install {package}") from None
+    return found
+
+
+def versions() -> list[tuple[str, str]]:
+    """Versions of the packages whose release can change bytes."""
+    return _versions(metadata.KIND)
+
+
+class Judge:
+    """Gives verdicts. Digests of source bytes come from the records of unchanged files, small files are hashed here."""
+
+    def __init__(self, resolved: Resolved, store: Store, rebuild: bool) -> None:
+        self.resolved, self.store, self.rebuild = resolved, store, rebuild
+        self.cache = ActionCache(store)
+        self.records: dict[str, dict[int, Digest] | None] = {}
+        self.verdicts: dict[str, Verdict] = {}
+        self.small = {str(path) for path in resolved.checkpoint.aux.values()}
+        self.identities = {str(f.path): f.identity for f in resolved.checkpoint.files}
+
+    def all(self) -> dict[str, Verdict]:
+        for action in self.resolved.graph.actions.values():
+            self.verdicts[action.id] = self._judge(action)
+        return self.verdicts
+
+    def digest(self, source: Source) -> Digest | None:
+        """The digest of source bytes, if it is known without reading weights."""
+        if source.file in self.small:
+            hasher = Hasher()
+            hasher.update(Path(source.file).read_bytes())
+            return hasher.digest()
+        if source.file not in self.records:
+            self.records[source.file] = self._record(source.file)
+        record = self.records[source.file]
+        found = record.get(source.offset) if record else None
+        return found if found is not None and found.size == source.nbytes else None
+
+    def _record(self, path: str) -> dict[int, Digest] | None:
+        identity = self.identities.get(path)
+        if identity is None:
+            return None
+        with contextlib.suppress(OSError):
+            return self.store.source_digests(identity())
+        return None
+
+    def inputs(self, action: Action) -> tuple[list[tuple[str, Digest]], str]:
+        """Known input digests by role, and the first reason why one is missing."""
+        found: list[tuple[str, Digest]] = []
+        for role, item in action.inputs:
+            if isinstance(item, Digest):
+                found.append((role, item))
+            elif isinstance(item, Source):
+                digest = self.digest(item)
+                if digest is None:
+                    return found, f"{item.name} has not been hashed"
+                found.append((role, digest))
+            else:
+                before = self.verdicts[item.action]
+                if not before.outputs:
+                    return found, f"its input {item.action} will be made" if before.state == "run" else before.why
+                found.append((role, before.outputs[0]))
+        return found, ""
+
+    def _judge(self, action: Action) -> Verdict:
+        digests, missing = self.inputs(action)
+        if missing:
+            return Verdict("unknown" if self._hinted(action) else "run", missing)
+        key = action_key(manifest_parts(action, digests))
+        if self.rebuild:
+            return Verdict("run", "all again (-B)", key)
+        result = self.cache.get(key)
+        if result is None:
+            return Verdict("run", "no result is stored under its key", key)
+        return Verdict("hit", "stored", key, result.outputs)
+
+    def kv_bytes(self, target: FileTarget) -> tuple[int, bool]:
+        """Bytes of a file's key-value pairs, and whether that is exact or an estimate."""
+        kvs = self.kvs(target)
+        if kvs is not None:
+            return sum(len(kv.raw) for kv in kvs), True
+        # Vocabulary and merges make nearly all of it; tokenizer.json holds both, with quotes and ids around them.
+        aux = self.resolved.checkpoint.aux
+        tokenizer = next((aux[n].stat().st_size for n in ("tokenizer.json", "tokenizer.model") if n in aux), 2 << 20)
+        return tokenizer // 2 + 4096, False
+
+    def kvs(self, target: FileTarget) -> list[KV] | None:
+        """The key-value pairs of a file, if they are known without running anything."""
+        if self.resolved.checkpoint.kind == "gguf":
+            kvs = list(self.resolved.checkpoint.kvs)
+        else:
+            made = self.verdicts["metadata"].outputs
+            blob = self.store.read_bytes(made[0]) if made else None
+            if blob is None:
+                return None
+            kvs = metadata.unpack(blob)
+        return quantized_kvs(kvs, target.file_type.id)
+
+    def target_plan(self, target: FileTarget, size: int, exact: bool, out: Path, strategy: Strategy) -> TargetPlan:
+        types: dict[str, tuple[int, int]] = {}
+        weights, seconds = 0, 0.0
+        for spec, type_ in target.choices:
+            count = prod(spec.shape)
+            tensors, nbytes = types.get(type_, (0, 0))
+            types[type_] = (tensors + 1, nbytes + count // QTYPES[type_].block * QTYPES[type_].nbytes)
+            weights += count
+        states = Counter(self.verdicts[a].state for a in target.tensors)
+        for spec, type_ in target.choices:
+            if self.verdicts[f"{spec.name}:{type_}"].state != "hit":
+                seconds += prod(spec.shape) / self.rate(type_) / strategy.threads
+        path = out / target.file_name
+        verdict = self.verdicts[target.action]
+        return TargetPlan(target.name, path, verdict, size, exact, weights, types, dict(states), seconds)
+
+    def rate(self, type_: str) -> float:
+        """Weights a second one thread encodes to ``type_``: measured on this machine, else typical."""
+        return self.store.rate(f"encode {type_}") or TYPICAL_RATE.get(type_, 100e6)
+
+    def _hinted(self, action: Action) -> bool:
+        """Results exist that hashing may turn into hits."""
+        if self.rebuild:
+            return False
+        if action.kind == tensor.KIND:
+            name, _, type_ = action.id.rpartition(":")
+            nbytes = sum(i.nbytes for _, i in action.inputs if isinstance(i, Source))
+            return self.cache.has_hint(stream.hint_of(name, nbytes, type_))
+        return any(self.verdicts[before].state == "unknown" for before in self.resolved.graph.reads(action.id))
+
+
+def make(config: schema.Config, *, fetch: bool) -> Plan:
+    """The plan of a configuration. Raises BudgetRefused when it can never fit."""
+    resolved = resolve(config, fetch=fetch)
+    store = Store(store_dir(config), link=config.store.link)
+    judge = Judge(resolved, store, config.rebuild)
+    verdicts = judge.all()
+    budget = resolve_budget(config, store.root, out_dir(resolved))
+    todo = [t for t in resolved.targets if verdicts[t.action].state != "hit"]
+    task = shape_of_pass(resolved, todo, verdicts)
+    strategy, ram = choose_strategy(task, budget)
+    read = sum(t.nbytes for t in task.tensors)
+    targets = [_target_plan(resolved, store, verdicts, t, strategy) for t in resolved.targets]
+    disk = sum(t.bytes for t in targets if t.verdict.state != "hit")
+    footprint = Footprint(ram=ram if todo else 0, disk=disk * (2 if config.store.link == "copy" else 1))
+    _check_disk(config, footprint, budget, targets)
+    return Plan(resolved, store, budget, out_dir(resolved), verdicts, targets, strategy, footprint, read)
+
+
+def store_dir(config: schema.Config) -> Path:
+    return Path(config.store.dir).expanduser() if config.store.dir else machine.cache_dir() / "store"
+
+
+def out_dir(resolved: Resolved) -> Path:
+    return Path(resolved.config.out or f"outputs/{resolved.name}").expanduser().absolute()
+
+
+def resolve_budget(config: schema.Config, store: Path, out: Path) -> Budget:
+    """``auto`` becomes what this machine has: the least of physical, cgroup and available memory; free disk; cores."""
+    wanted, here = config.budget, machine.inspect()
+
+    def size(name: str, value: str | int, auto: int) -> int:
+        return auto if value == "auto" else parse_size(value, f"budget.{name}")
+
+    threads = here.cores if wanted.threads == "auto" else int(wanted.threads)
+    disk = min(machine.disk_free(store), machine.disk_free(out))
+    return Budget(size("ram", wanted.ram, here.memory), size("vram", wanted.vram, 0), size("disk", wanted.disk, disk), threads)
+
+
+
+def store_dir(config: schema.Config) -> Path:
+    return Path(config.store.dir).expanduser().absolute() if config.store.dir else machine.cache_dir() / "store"
+
+
+def out_dir(resolved: Resolved) -> Path:
+    return Path(resolved.config.out or f"outputs/{resolved.name}").expanduser().absolute()
+
+
+def make(config: schema.Config, *, fetch: bool) -> Plan:
+    """The plan of a configuration. Raises BudgetRefused when it can never fit."""
+    resolved = resolve(config, fetch=fetch)
+    store, out = Store(store_dir(config)), out_dir(resolved)
+    judge = Judge(resolved, store, config.rebuild)
+    verdicts = judge.all()
+    budget = resolve_budget(config, store.root, out)
+    kv_bytes = [judge.kv_bytes(t) for t in resolved.targets]
+    layouts = [layout(t, size) for t, (size, _) in zip(resolved.targets, kv_bytes, strict=True)]
+    todo = [Wanted(t, at) for t, at in zip(resolved.targets, layouts, strict=True) if verdicts[t.action].state != "hit"]
+    strategy, ram, read = Strategy(CHUNKS[0], budget.threads), 0, 0
+    if todo:
+        strategy, ram = choose_strategy(resolved, todo, budget)
+        read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}, set()).tensors)
+    targets = tuple(
+        judge.target_plan(t, at.size, exact, out, strategy)
+        for t, at, (_, exact) in zip(resolved.targets, layouts, kv_bytes, strict=True)
+    )
+    copies = 2 if config.store.link == "copy" else 1
+    disk = copies * sum(t.bytes for t in targets if t.verdict.state != "hit")
+    _check_disk(disk, budget, targets, copies)
+    return Plan(resolved, store, budget, out, verdicts, targets, strategy, Footprint(ram=ram, disk=disk), read)
+
+
+def resolve_budget(config: schema.Config, store: Path, out: Path) -> Budget:
+    """``auto`` becomes what this machine has: the least of physical, cgroup and available memory; free disk; cores."""
+    wanted, here = config.budget, machine.inspect()
+
+    def size(name: str, value: str | int, auto: int) -> int:
+        return auto if value == "auto" else parse_size(value, f"budget.{name}")
+
+    ram, vram = size("ram", wanted.ram, here.memory), size("vram", wanted.vram, 0)
+    disk = size("disk", wanted.disk, min(machine.disk_free(store), machine.disk_free(out)))
+    return Budget(ram, vram, disk, here.cores if wanted.threads == "auto" else int(wanted.threads))
+
+
+def _check_disk(needs: int, budget: Budget, targets: tuple[TargetPlan, ...], copies: int) -> None:
+    if needs <= budget.disk:
+        return
+    remedies = []
+    if copies > 1:
+        remedies.append(Remedy("link outputs to the store", needs // copies, "store.link=auto"))
+    smallest = min((t for t in targets if t.verdict.state != "hit"), key=lambda t: t.bytes)
+    if len(targets) > 1 and smallest.bytes * copies <= budget.disk:
+        remedies.append(Remedy(f"only {smallest.name}", smallest.bytes * copies, f"target=gguf/{smallest.name}"))
+    remedies.append(Remedy("another disk", needs, "store.dir=/BIG/DISK/store out=/BIG/DISK/out"))
+    names = ", ".join(t.name for t in targets if t.verdict.state != "hit")
+    raise refuse(f"writing {names}", "disk", needs, budget.disk, remedies)

@@ -1,0 +1,172 @@
+"""Configuration → graph: which tensors a target holds, in which type, out of which bytes.
+
+A function of the configuration, the headers of the checkpoint and nothing else: no weights, no clock, no environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qbuild import schema
+from qbuild.actions import file, metadata, tensor
+from qbuild.arch import convert, mix
+from qbuild.arch.convert import ModelFacts, TensorSpec
+from qbuild.checkpoint import Checkpoint, open_source, shapes
+from qbuild.digest import digest_bytes
+from qbuild.errors import ConfigError, InputError
+from qbuild.ggml import FILE_TYPES, QTYPES, FileType
+from qbuild.graph import Action, Graph, Input, Source
+
+__all__ = ["FileTarget", "Resolved", "model_name", "open_model", "resolve"]
+
+
+@dataclass(frozen=True)
+class FileTarget:
+    """One GGUF file: ``choices`` is every tensor with its type in file order, ``tensors`` the actions that make them."""
+
+    name: str
+    file_name: str
+    file_type: FileType
+    choices: tuple[tuple[TensorSpec, str], ...]
+    tensors: tuple[str, ...]
+    action: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration as a graph. ``name`` is the model's name in file names."""
+
+    config: schema.Config
+    checkpoint: Checkpoint
+    facts: ModelFacts
+    name: str
+    graph: Graph
+    targets: tuple[FileTarget, ...]
+    specs: dict[str, TensorSpec]
+
+    def unit_rows(self, spec: TensorSpec) -> int:
+        """A chunk of this tensor is a multiple of so many rows."""
+        return spec.transform.unit_rows(spec.shape)
+
+
+def open_model(model: schema.Model, *, fetch: bool, offline: bool) -> Checkpoint:
+    """The checkpoint a model names. Without ``fetch``, headers are enough, and where there is nothing to open the
+    shapes come from ``model.config``."""
+    if not model.source and not model.config:
+        raise ConfigError("model.source", "no model is named", "model.source=DIRECTORY, a Hub id, or FILE.gguf")
+    if model.config and not fetch and not _on_disk(model.source):
+        return shapes(model.config, convert.expected_tensors(model.config), source=model.source or "model.config")
+    if not model.source:
+        raise ConfigError("model.source", "a configuration has shapes but no weights to build from", "model.source=…")
+    return open_source(model.source, revision=model.revision, fetch=fetch, offline=offline)
+
+
+def _on_disk(source: str | None) -> bool:
+    return bool(source) and (source.startswith("pkg://") or Path(source).exists())
+
+
+def model_name(model: schema.Model, checkpoint: Checkpoint) -> str:
+    """The name outputs carry: ``model.name``, else the source's own without a type suffix or extension."""
+    if model.name:
+        if "/" in model.name or model.name.startswith("."):
+            raise ConfigError("model.name", f"{model.name!r} cannot be a file name", "leave out '/' and leading dots")
+        return model.name
+    last = checkpoint.source.rstrip("/").rsplit("/", 1)[-1]
+    if checkpoint.kind != "gguf":
+        return Path(last).resolve().name if last in ("", ".", "..") else last
+    stem = last.removesuffix(".gguf")
+    for separator in (".", "-"):
+        head, _, tail = stem.rpartition(separator)
+        if head and tail.upper() in FILE_TYPES:
+            return head
+    return stem
+
+
+def resolve(config: schema.Config, *, fetch: bool) -> Resolved:
+    """The graph of a configuration. ``fetch``: the weights must be here (a build); else headers will do (a plan)."""
+    if not config.targets:
+        raise ConfigError("target", "nothing is asked for", "target=gguf/q4_k_m, or +recipe=NAME")
+    checkpoint = open_model(config.model, fetch=fetch, offline=config.offline)
+    builder = _Builder(config, checkpoint)
+    targets = tuple(builder.file_target(name, target) for name, target in config.targets.items())
+    _check_names(targets)
+    return Resolved(config, checkpoint, builder.facts, builder.name, builder.graph, targets, {s.name: s for s in builder.specs})
+
+
+def _check_names(targets: tuple[FileTarget, ...]) -> None:
+    seen: dict[str, str] = {}
+    for target in targets:
+        other = seen.setdefault(target.file_name, target.name)
+        if other != target.name:
+            fact = f"would write {target.file_name}, which targets.{other} writes too"
+            raise ConfigError(f"targets.{target.name}", fact, f"targets.{target.name}.suffix=OTHER")
+
+
+class _Builder:
+    """Adds the actions of one model to a graph."""
+
+    def __init__(self, config: schema.Config, checkpoint: Checkpoint) -> None:
+        self.config, self.checkpoint = config, checkpoint
+        self.facts = convert.model_facts(checkpoint)
+        self.specs = convert.tensor_specs(checkpoint, config.model.outtype)
+        self.name = model_name(config.model, checkpoint)
+        self.graph = Graph()
+        self.kvs = self._metadata()
+
+    def _metadata(self) -> Input:
+        """Where a file's key-value pairs come from: a GGUF source's own, else the metadata action."""
+        checkpoint = self.checkpoint
+        if checkpoint.kind == "gguf":
+            return digest_bytes(metadata.pack(checkpoint.kvs))
+        weights = digest_bytes(repr([(t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()]).encode())
+        folder = checkpoint.source.rstrip("/").rsplit("/", 1)[-1]
+        params = metadata.Params(self.config.model.name, folder, weights.hash)
+        inputs = [(n, Source(n, str(p), 0, p.stat().st_size)) for n, p in sorted(checkpoint.aux.items())]
+        return self.graph.add(Action("metadata", metadata.KIND, params, tuple(inputs)))
+
+    def file_target(self, name: str, target: schema.Target) -> FileTarget:
+        place = f"targets.{name}"
+        if not isinstance(target, schema.GgufTarget):
+            raise ConfigError(place, f"format {target.format!r} cannot be built yet", "choose a gguf/… target")
+        choices = tuple(mix.choose(self.specs, self.facts, _mix(target)))
+        tensors = tuple(self.graph.add(self.tensor(spec, type_, place)) for spec, type_ in choices)
+        params = file.Params(FILE_TYPES[target.ftype].id, tuple((s.name, s.shape, t) for s, t in choices))
+        named = ((spec.name, output) for (spec, _), output in zip(choices, tensors, strict=True))
+        made = self.graph.add(Action(f"file:{name}", file.KIND, params, (("kvs", self.kvs), *named)))
+        self.graph.targets[name] = made.action
+        file_name = f"{self.name}-{target.suffix or target.ftype}.gguf"
+        ids = tuple(output.action for output in tensors)
+        return FileTarget(name, file_name, FILE_TYPES[target.ftype], choices, ids, made.action)
+
+    def tensor(self, spec: TensorSpec, type_: str, place: str) -> Action:
+        """The action that makes one output tensor in one type."""
+        cols = spec.shape[-1]
+        inputs: list[tuple[str, Input]] = []
+        dtype = spec.stored
+        for index, piece in enumerate(spec.pieces):
+            source = self.checkpoint.tensors[piece.source]
+            dtype, row = source.dtype, QTYPES[source.dtype].row_bytes(cols)
+            stop = source.nbytes // row if piece.stop is None else piece.stop
+            path = str(self.checkpoint.files[source.file].path) if self.checkpoint.files else ""
+            start = source.offset + piece.start * row
+            inputs.append((f"source {index}", Source(piece.source, path, start, (stop - piece.start) * row)))
+        if spec.data is not None:
+            inputs.append(("source 0", digest_bytes(spec.data)))
+        if QTYPES[dtype].quantized and type_ != dtype and not self.config.model.allow_requantize:
+            fact = f"{spec.name} is {dtype} already; making {type_} of it loses quality twice"
+            raise InputError(place, fact, "use an F16/BF16/F32 source, or model.allow_requantize=true")
+        params = tensor.Params(type_, spec.stored, dtype, cols, spec.transform)
+        return Action(f"{spec.name}:{type_}", tensor.KIND, params, tuple(inputs))
+
+
+def _mix(target: schema.GgufTarget) -> mix.Mix:
+    return mix.Mix(
+        file_type=target.ftype,
+        output_type=target.output_type,
+        embedding_type=target.embedding_type,
+        tensor_types=tuple(target.tensor_types.items()),
+        pure=target.pure,
+        leave_output=target.leave_output,
+        has_imatrix=target.imatrix is not None,
+    )

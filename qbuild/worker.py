@@ -1,0 +1,201 @@
+"""The process that runs a job, and the parent's view of it.
+
+A job runs in a process of its own so that its memory peak is its own, a kill by the kernel is a report instead of the
+end of the build, and what it imported (numba, transformers) is gone with it. The worker dies with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from qbuild import errors, machine
+from qbuild.actions import stream, warm
+from qbuild.actions import metadata as metadata_action
+from qbuild.budget import format_size
+from qbuild.errors import ActionFailed, Interrupted, QbuildError
+from qbuild.store import Store
+
+POLL = 0.05  # seconds between looks at the worker's memory
+NEAR = 0.92  # of the budget: warn
+
+Emit = Callable[[dict], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """``kind`` names an entry of the table below; ``task`` is its value. ``predicted`` and ``limit`` are bytes."""
+
+    kind: str
+    label: str
+    task: Any
+    store: Path | None
+    predicted: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class Done:
+    value: Any
+    peak: int
+    seconds: float
+
+
+# parent side ---------------------------------------------------------------------------------------------------------
+
+
+def run(job: Job, on_event: Emit) -> Done:
+    """Run a job to its end. Raises what the job raised, or ActionFailed with predicted against observed memory."""
+    ours, theirs = multiprocessing.Pipe()
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as log, ours:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from qbuild.worker import main; main({theirs.fileno()})"],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=machine.worker_environ(Path(__file__).parent.parent),
+        )
+        theirs.close()
+        watch = _Watch(job, process, on_event)
+        try:
+            ours.send(job)
+            status, value, peak = _listen(ours, watch)
+        except (EOFError, ConnectionError):
+            process.wait()
+            raise watch.killed(_tail(log)) from None
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted", f"{job.label} was stopped", "run again to go on from here") from None
+        finally:
+            if sys.exc_info()[0] is not None:
+                process.kill()
+            process.wait()
+    if status == "error":
+        raise value
+    if status == "bug":
+        raise RuntimeError(f"in worker {job.label}:\n{value}")
+    return Done(value, peak or watch.peak, time.monotonic() - began)
+
+
+def _listen(connection: Connection, watch: _Watch) -> tuple[str, Any, int]:
+    while True:
+        if connection.poll(POLL):
+            message = connection.recv()
+            if message[0] != "event":
+                return message
+            watch.event(message[1])
+        watch.look()
+
+
+def _tail(log: Any) -> str:
+    log.seek(0)
+    lines = log.read().decode(errors="replace").strip().splitlines()
+    return "\n".join(lines[-3:])
+
+
+class _Watch:
+    """Memory of the worker against its budget: warns near it, and stops the worker before the kernel does."""
+
+    def __init__(self, job: Job, process: subprocess.Popen, on_event: Emit) -> None:
+        self.job, self.process, self.on_event = job, process, on_event
+        self.peak = self.rss = 0
+        self.warned = self.stopped = False
+
+    def event(self, event: dict) -> None:
+        self.on_event(event | {"rss": self.rss})
+
+    def look(self) -> None:
+        self.rss = machine.process_rss(self.process.pid)
+        self.peak = max(self.peak, self.rss)
+        if self.rss > self.job.limit and not self.stopped:
+            self.stopped = True
+            self.process.kill()
+        elif self.rss > NEAR * self.job.limit and not self.warned:
+            self.warned = True
+            text = f"{self.job.label} uses {format_size(self.rss)} of its {format_size(self.job.limit)} of RAM"
+            self.on_event({"event": "message", "level": "warning", "text": text})
+
+    def killed(self, tail: str) -> ActionFailed:
+        code = self.process.returncode
+        memory = f"predicted peak {format_size(self.job.predicted)}, observed {format_size(self.peak)}"
+        if self.stopped:
+            fact = f"stopped: it went over its RAM budget of {format_size(self.job.limit)} ({memory})"
+            return ActionFailed(self.job.label, fact, "raise budget.ram, or lower budget.threads")
+        name = signal.Signals(-code).name if code and code < 0 else f"exit status {code}"
+        remedy = tail or "run again: finished tensors are kept; if memory ran out, lower budget.ram or budget.threads"
+        return ActionFailed(self.job.label, f"the worker was killed by {name} ({memory})", remedy)
+
+
+# worker side ---------------------------------------------------------------------------------------------------------
+
+
+def _run_pass(job: Job, emit: Emit) -> Any:
+    assert job.store is not None
+    task = stream.Pass(job.task, Store(job.store), emit)
+    files = task.run()
+    return files, task.tally
+
+
+def _run_metadata(job: Job, emit: Emit) -> bytes:
+    return metadata_action.run(job.task)
+
+
+def _run_warm(job: Job, emit: Emit) -> None:
+    warm.run(job.task)
+
+
+KINDS: dict[str, Callable[[Job, Emit], Any]] = {
+    "gguf.metadata": _run_metadata,
+    "gguf.pass": _run_pass,
+    "kernels.warm": _run_warm,
+}
+
+
+def _peak() -> int:
+    """VmHWM, this program's own peak; ``ru_maxrss`` of a child also counts the parent's pages before exec."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    return 0
+
+
+def main(descriptor: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    connection = Connection(descriptor)
+    job: Job = connection.recv()
+    lock = threading.Lock()
+
+    def send(message: tuple) -> None:
+        with lock, contextlib.suppress(BrokenPipeError):
+            connection.send(message)
+
+    threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
+    try:
+        value = KINDS[job.kind](job, lambda event: send(("event", event)))
+        send(("done", value, _peak()))
+    except QbuildError as error:
+        send(("error", error, _peak()))
+    except Exception:
+        send(("bug", traceback.format_exc(), _peak()))
+    os._exit(0)
+
+
+def _die_with_parent(connection: Connection) -> None:
+    """The parent never writes again, so a readable pipe is a closed one."""
+    with contextlib.suppress(EOFError, OSError):
+        connection.poll(None)
+    os._exit(errors.Interrupted.exit_code)
