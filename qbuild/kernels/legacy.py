@@ -1,0 +1,258 @@
+"""Q8_0, Q4_0, Q4_1, Q5_0, Q5_1: blocks of 32, a block per lane. Rounded, or fitted where an imatrix weighs the columns.
+
+Byte-equal to quantize_q8_0 and quantize_q{4,5}_{0,1} of llama.cpp (ggml-quants.c). With an imatrix a block depends on its
+whole row, through sigma2. Q8_0 ignores an imatrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from qbuild.ggml import QTYPES
+from qbuild.kernels.search import extreme_of, fit_affine, fit_scale, level_int, signed_byte, steps, sum_of_squares
+from qbuild.kernels.simd import (
+    fabs,
+    fmax,
+    fmin,
+    inline,
+    kernel,
+    load,
+    load_columns,
+    scratch,
+    select,
+    splat,
+    sqrt,
+    store,
+    store_as,
+    to,
+    to_half,
+    transpose,
+    zeros,
+)
+from qbuild.kernels.superblock import put_half
+
+WIDTH = 32
+_U8, _I32, _F32 = np.uint8, np.int32, np.float32
+
+
+@dataclass(frozen=True)
+class Legacy:
+    """A type: levels 0..top, and whether a block stores its minimum (else levels are signed, stored with an offset)."""
+
+    top: int
+    minimum: bool
+
+
+TYPES = {
+    "Q8_0": Legacy(255, False),
+    "Q4_0": Legacy(15, False),
+    "Q4_1": Legacy(15, True),
+    "Q5_0": Legacy(31, False),
+    "Q5_1": Legacy(31, True),
+}
+
+
+class Work(NamedTuple):
+    """Scratch of one call, in lane order unless said otherwise."""
+
+    x: np.ndarray
+    w: np.ndarray
+    q: np.ndarray
+    sigma2: np.ndarray  # float32, by lane
+    head: np.ndarray  # int32: float16 bits of scale and minimum, then the fifth bits
+    rows: np.ndarray  # uint8 levels, packed
+    levels: np.ndarray  # uint8, the same block by block
+    page: np.ndarray
+    starts: np.ndarray  # int64
+
+
+def quantize(name: str, source: np.ndarray, kind: int, out: np.ndarray, cols: int, imatrix: np.ndarray | None) -> None:
+    """Quantize the blocks of ``source`` (its bytes, flat) into ``out`` (flat). ``imatrix``: float32 [cols]."""
+    t, nbytes = TYPES[name], QTYPES[name].nbytes
+    blocks = out.size // nbytes
+    if imatrix is None or name == "Q8_0":
+        _round(source, kind, out, blocks, nbytes, t.top, t.minimum)
+    elif t.minimum:
+        _fit(
+            source, kind, out, blocks, nbytes, cols, imatrix.view(_U8), t.top, True, steps(-0.9, 0.05, range(37), t.top)
+        )
+    else:
+        tries = -steps(0, 0.1, (0, *range(-9, 0), *range(1, 10)), (t.top + 1) // 2)
+        _fit(source, kind, out, blocks, nbytes, cols, imatrix.view(_U8), t.top, False, tries)
+
+
+@inline
+def _work():
+    return Work(
+        scratch(32 * WIDTH), scratch(32 * WIDTH), scratch(32 * WIDTH), scratch(WIDTH), np.empty(3 * WIDTH, _I32),
+        np.empty(32 * WIDTH, _U8), np.empty(32 * WIDTH, _U8), scratch(512), np.empty(32, np.int64),
+    )  # fmt: skip
+
+
+@inline
+def _load_tile(source, kind, first, end, wrap, target, k):
+    """The weights of WIDTH blocks from ``first`` on, the last one repeated; ``wrap``: weights to a row, or to all."""
+    for at in range(0, WIDTH, 16):
+        for j in range(16):
+            k.starts[j] = min(first + at + j, end - 1) * 32 % wrap
+        load_columns(source, kind, k.starts, 32, target[at:], WIDTH, k.page)
+
+
+@kernel
+def _round(source, kind, out, blocks, nbytes, top, minimum):
+    k, zero = _work(), splat(0.0, WIDTH)
+    for first in range(0, blocks, WIDTH):
+        _load_tile(source, kind, first, blocks, blocks * 32, k.x, k)
+        if top == 255:
+            _round_q8(k, zero)
+        elif minimum:
+            _round_range(top, k, zero)
+        else:
+            _round_signed(top, k, zero)
+        _unload(out, first, min(WIDTH, blocks - first), nbytes, top, minimum, k, zero)
+
+
+@inline
+def _inverse(d):
+    return select(d != 0.0, 1.0 / d, 0.0)
+
+
+@inline
+def _round_q8(k, zero):
+    """Half away from zero, as C's roundf; the constant is the float32 below one half."""
+    largest = zero
+    for i in range(32):
+        largest = fmax(largest, fabs(load(k.x, i * WIDTH, zero)))
+    d = largest / 127.0
+    inverse = _inverse(d)
+    store(k.head, 0, to_half(d))
+    for i in range(32):
+        v = load(k.x, i * WIDTH, zero) * inverse
+        l = to(fabs(v) + 0.49999997, _I32)
+        store(k.rows, i * WIDTH, to(select(v < 0.0, 0 - l, l), _U8))
+
+
+@inline
+def _round_signed(top, k, zero):
+    extreme, _ = extreme_of(k.x, 32, zero)
+    half = (top + 1) // 2
+    d = extreme / -half
+    inverse = _inverse(d)
+    store(k.head, 0, to_half(d))
+    _round_levels(zero, inverse, half + 0.5, top, k, zero)
+
+
+@inline
+def _round_range(top, k, zero):
+    low = high = load(k.x, 0, zero)
+    for i in range(1, 32):
+        v = load(k.x, i * WIDTH, zero)
+        low, high = fmin(v, low), fmax(v, high)
+    d = (high - low) / top
+    store(k.head, 0, to_half(d))
+    store(k.head, WIDTH, to_half(low))
+    _round_levels(low, _inverse(d), 0.5, top, k, zero)
+
+
+@inline
+def _round_levels(low, inverse, offset, top, k, zero):
+    """Truncate to int8_t as C does; only then is the level limited."""
+    for i in range(32):
+        l = signed_byte(to((load(k.x, i * WIDTH, zero) - low) * inverse + offset, _I32))
+        store(k.rows, i * WIDTH, to(select(l < top, l, top), _U8))
+
+
+@kernel
+def _fit(source, kind, out, blocks, nbytes, cols, imatrix, top, minimum, tries):
+    k, zero = _work(), splat(0.0, WIDTH)
+    per_row = cols // 32
+    sums = scratch(16)
+    for band in range(0, blocks, 16 * per_row):  # 16 rows: one lane each for their sums of squares
+        end = min(band + 16 * per_row, blocks)
+        _load_sums(source, kind, band, blocks, cols, sums, k)
+        for first in range(band, end, WIDTH):
+            _load_tile(source, kind, first, blocks, blocks * 32, k.x, k)
+            _load_tile(imatrix, 0, first, blocks, cols, k.w, k)
+            for j in range(WIDTH):
+                k.sigma2[j] = sums[min(15, (first + j - band) // per_row)]
+            _weigh(k, zero)
+            if minimum:
+                _fit_range(top, tries, k, zero)
+            else:
+                _fit_signed(top, tries, k, zero)
+            _unload(out, first, min(WIDTH, end - first), nbytes, top, minimum, k, zero)
+
+
+@inline
+def _load_sums(source, kind, band, blocks, cols, sums, k):
+    """sigma2 of 16 rows: x * x summed along the row, in order, over its length."""
+    for j in range(16):
+        k.starts[j] = min(band + j * (cols // 32), blocks - cols // 32) * 32
+    store(sums, 0, sum_of_squares(source, kind, cols, k.starts, k.page) / cols)
+
+
+@inline
+def _weigh(k, zero):
+    sigma2 = load(k.sigma2, 0, zero)
+    for i in range(32):
+        v = load(k.x, i * WIDTH, zero)
+        store(k.w, i * WIDTH, load(k.w, i * WIDTH, zero) * sqrt(sigma2 + v * v))
+
+
+@inline
+def _fit_range(top, tries, k, zero):
+    scale, low, inverse, base, _ = fit_affine(k.x, k.w, k.q, 32, _F32(top), tries, False, zero)
+    store(k.head, 0, to_half(scale))
+    store(k.head, WIDTH, to_half(low))
+    for i in range(32):
+        l = level_int(inverse * (load(k.x, i * WIDTH, zero) - base), 0.0, top)
+        store(k.rows, i * WIDTH, to(l, _U8))
+
+
+@inline
+def _fit_signed(top, tries, k, zero):
+    """An all-zero block gets the code 0, not the level 0: ggml's rounding path and its fitting path differ there."""
+    half = (top + 1) // 2
+    scale, inverse = fit_scale(k.x, k.w, 32, _F32(half), tries, zero)
+    store(k.head, 0, to_half(scale))
+    for i in range(32):
+        l = level_int(inverse * load(k.x, i * WIDTH, zero), -half, half - 1.0) + half
+        store(k.rows, i * WIDTH, to(select(inverse == 0.0, 0, l), _U8))
+
+
+@inline
+def _unload(out, first, live, nbytes, top, minimum, k, zero):
+    """Levels and headers of a tile to blocks: scale, minimum, fifth bits, then the levels (two to a byte below 8 bits)."""
+    n = 32
+    if top != 255:
+        n = 16
+        _merge_nibbles(k, zero)
+    for lane in range(0, WIDTH, 16):
+        for i in range(0, n, 16):
+            transpose(k.rows, i * WIDTH + lane, WIDTH, k.levels, lane * n + i, n)
+    for j in range(live):
+        at = (first + j) * nbytes
+        put_half(out, at, k.head[j])
+        at += 2
+        if minimum:
+            put_half(out, at, k.head[WIDTH + j])
+            at += 2
+        if top == 31:
+            store_as(out, at, load(k.head, 2 * WIDTH + j, 1))
+            at += 4
+        for i in range(0, n, 16):
+            store(out, at + i, load(k.levels, j * n + i, 16))
+
+
+@inline
+def _merge_nibbles(k, zero):
+    fifth = zeros(zero, _I32)
+    for i in range(16):
+        a, b = load(k.rows, i * WIDTH, zero), load(k.rows, (i + 16) * WIDTH, zero)
+        fifth |= (to(a >> 4, _I32) & 1) << i
+        fifth |= (to(b >> 4, _I32) & 1) << (i + 16)
+        store(k.rows, i * WIDTH, (a & 15) | (b << 4))
+    store(k.head, 2 * WIDTH, fifth)
