@@ -1,0 +1,118 @@
+"""The action cache: action key → result. Only what succeeded is in it, and only what can still be served comes out.
+
+Beside the results lie three kinds of notes that no result depends on: hints (work of this name was done before, so
+hashing its input first may spare it), measured memory peaks, and measured rates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from qbuild.digest import Digest
+from qbuild.store import Store
+
+__all__ = ["ActionCache", "ActionResult"]
+
+KEEP_NOTES = 16  # measurements of one name: the newest count
+
+
+@dataclass(frozen=True)
+class ActionResult:
+    """What an action made. ``inputs``: the stored artifacts it read, which ``gc`` keeps while it keeps the outputs."""
+
+    kind: str
+    outputs: tuple[Digest, ...]
+    seconds: float = 0.0
+    peak_rss: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple[Digest, ...] = ()
+
+
+class ActionCache:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def get(self, key: str) -> ActionResult | None:
+        """The result, if every output of it is still in the store, as a blob or as a slice of one."""
+        query = "SELECT kind, outputs, seconds, peak_rss, versions, meta, inputs FROM results WHERE key = ?"
+        with self.store.index.reading() as db:
+            row = db.execute(query, (key,)).fetchone()
+        if row is None:
+            return None
+        outputs = _digests(row[1])
+        if not all(self.store.has(digest) for digest in outputs):
+            return None
+        return ActionResult(row[0], outputs, row[2], row[3], json.loads(row[4]), json.loads(row[5]), _digests(row[6]))
+
+    def put(self, key: str, result: ActionResult) -> None:
+        self.put_many([(key, result)])
+
+    def put_many(self, results: Iterable[tuple[str, ActionResult]]) -> None:
+        """Store results; the newest of a key counts. An action that failed has none, nothing stands in for it."""
+        rows = []
+        for key, result in results:
+            if not result.outputs:
+                raise ValueError(f"BUG: a result of {result.kind} without outputs")
+            rows.append(_row(key, result, self.store.clock()))
+        with self.store.index.writing() as db:
+            db.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def forget(self, key: str) -> None:
+        with self.store.index.writing() as db:
+            db.execute("DELETE FROM results WHERE key = ?", (key,))
+
+    # notes -----------------------------------------------------------------------------------------------------------
+
+    def note_hint(self, key: str) -> None:
+        with self.store.index.writing() as db:
+            db.execute("INSERT OR IGNORE INTO hints VALUES (?)", (key,))
+
+    def has_hint(self, key: str) -> bool:
+        with self.store.index.reading() as db:
+            return db.execute("SELECT 1 FROM hints WHERE key = ?", (key,)).fetchone() is not None
+
+    def note_peak(self, kind: str, shape: str, predicted: int, measured: int) -> None:
+        """Remember a measured memory peak beside what had been predicted."""
+        with self.store.index.writing() as db:
+            row = (kind, shape, predicted, measured)
+            db.execute("INSERT INTO peaks (kind, shape, predicted, measured) VALUES (?, ?, ?, ?)", row)
+            db.execute(
+                "DELETE FROM peaks WHERE id IN (SELECT id FROM peaks WHERE kind = ? AND shape = ?"
+                " ORDER BY id DESC LIMIT -1 OFFSET ?)",
+                (kind, shape, KEEP_NOTES),
+            )
+
+    def measured(self, kind: str, shape: str) -> list[tuple[int, int]]:
+        """(predicted, measured) peaks of earlier runs, the newest first."""
+        query = "SELECT predicted, measured FROM peaks WHERE kind = ? AND shape = ? ORDER BY id DESC"
+        with self.store.index.reading() as db:
+            return db.execute(query, (kind, shape)).fetchall()
+
+    def note_rate(self, name: str, per_second: float) -> None:
+        with self.store.index.writing() as db:
+            db.execute("INSERT INTO rates (name, per_second) VALUES (?, ?)", (name, per_second))
+            db.execute(
+                "DELETE FROM rates WHERE id IN"
+                " (SELECT id FROM rates WHERE name = ? ORDER BY id DESC LIMIT -1 OFFSET ?)",
+                (name, KEEP_NOTES),
+            )
+
+    def rate(self, name: str) -> float | None:
+        """The median of what was measured on this machine, or None."""
+        with self.store.index.reading() as db:
+            rows = db.execute("SELECT per_second FROM rates WHERE name = ? ORDER BY per_second", (name,)).fetchall()
+        return rows[len(rows) // 2][0] if rows else None
+
+
+def _row(key: str, result: ActionResult, created: int) -> tuple[Any, ...]:
+    outputs, inputs = (json.dumps([str(d) for d in ds]) for ds in (result.outputs, result.inputs))
+    versions, meta = (json.dumps(value, sort_keys=True) for value in (result.versions, result.meta))
+    return key, result.kind, outputs, inputs, result.seconds, result.peak_rss, versions, meta, created
+
+
+def _digests(text: str) -> tuple[Digest, ...]:
+    return tuple(Digest.parse(item) for item in json.loads(text))
