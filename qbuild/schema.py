@@ -1,0 +1,237 @@
+"""Configuration as frozen values: every key, its default, what it may hold. Hydra composes it, nothing else sees Hydra.
+
+A key that does not exist or a value that cannot be is a ConfigError that names the choices. Nothing is rewritten: a
+value has one spelling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from qbuild.budget import parse_size
+from qbuild.errors import ConfigError
+from qbuild.ggml import FILE_TYPES, QTYPES
+
+__all__ = [
+    "FORMATS",
+    "BudgetConf",
+    "CalibrationConf",
+    "Config",
+    "GgufTarget",
+    "GraphConf",
+    "Model",
+    "StoreConf",
+    "Target",
+    "close",
+    "keys",
+    "parse",
+    "sections",
+]
+
+T = TypeVar("T")
+Check = Callable[[Any, str], None]
+
+
+def close(wrong: str, choices: Iterable[str]) -> str:
+    """A remedy: the names most like ``wrong``, then all of them."""
+    names = list(choices)
+    folded = {name.lower(): name for name in names}
+    near = [folded[n] for n in difflib.get_close_matches(wrong.lower(), folded, 3, 0.6)]
+    listed = f"choices: {', '.join(names)}"
+    return f"did you mean {' or '.join(near)}?\n{listed}" if near else listed
+
+
+def one_of(*choices: str, what: str = "a choice") -> dict[str, Any]:
+    def check(value: Any, place: str) -> None:
+        if value is not None and value not in choices:
+            raise ConfigError(place, f"{value!r} is not {what}", close(str(value), choices))
+
+    return {"check": check}
+
+
+def _size(value: Any, place: str) -> None:
+    if value != "auto":
+        parse_size(value, place)
+
+
+def _count(value: Any, place: str) -> None:
+    if value != "auto" and (not isinstance(value, int) or value < 1):
+        raise ConfigError(place, f"{value!r} is not a number of 1 or more", f"{place}=4")
+
+
+def _file_part(value: Any, place: str) -> None:
+    if value is not None and (not value or "/" in value or value.startswith(".")):
+        raise ConfigError(place, f"{value!r} cannot be part of a file name", "leave out '/' and leading dots")
+
+
+def _tensor_types(value: Any, place: str) -> None:
+    for pattern, type_ in value.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{place}.{pattern}", f"is not a regular expression: {error}", "e.g. attn_v=Q8_0") from None
+        if type_ not in QTYPES:
+            raise ConfigError(f"{place}.{pattern}", f"{type_!r} is not a tensor type", close(str(type_), QTYPES))
+
+
+SIZE, COUNT = {"check": _size}, {"check": _count}
+TENSOR_TYPE = one_of(*QTYPES, what="a tensor type")
+
+
+@dataclass(frozen=True)
+class Model:
+    """``config`` holds a model's config.json, so that a plan needs nothing on disk."""
+
+    source: str | None = None  # directory of safetensors, Hub id, FILE.gguf, or pkg://package/file
+    name: str | None = field(default=None, metadata={"check": _file_part})  # in file names; null: the source's own
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_requantize: bool = False  # accept a source that is quantized already
+    outtype: str = field(default="auto", metadata=one_of("auto", "F32", "F16", "BF16", what="a converter type"))
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One output. The format decides which of the classes below it is."""
+
+    format: str = "gguf"
+
+
+@dataclass(frozen=True)
+class GgufTarget(Target):
+    """A GGUF file. The fields after ``ftype`` are llama-quantize's options of the same meaning."""
+
+    ftype: str = field(default="Q4_K_M", metadata=one_of(*FILE_TYPES, what="a GGUF file type"))
+    output_type: str | None = field(default=None, metadata=TENSOR_TYPE)
+    embedding_type: str | None = field(default=None, metadata=TENSOR_TYPE)
+    tensor_types: dict[str, str] = field(default_factory=dict, metadata={"check": _tensor_types})  # pattern: type
+    pure: bool = False
+    leave_output: bool = False
+    imatrix: str | None = None  # path of an importance matrix
+    suffix: str | None = field(default=None, metadata={"check": _file_part})  # in the file name; null: the file type
+
+
+@dataclass(frozen=True)
+class CalibrationConf:
+    source: str = "builtin"  # text or JSONL file, Hub data set, or builtin
+    samples: int = field(default=128, metadata=COUNT)
+    length: int = field(default=512, metadata=COUNT)
+    seed: int = 0
+    spill: bool = False  # hidden states go to disk
+
+
+@dataclass(frozen=True)
+class BudgetConf:
+    """A size (16GiB, 500MB, bytes) or ``auto``: what this machine has."""
+
+    ram: str | int = field(default="auto", metadata=SIZE)
+    vram: str | int = field(default="auto", metadata=SIZE)
+    disk: str | int = field(default="auto", metadata=SIZE)
+    threads: str | int = field(default="auto", metadata=COUNT)
+
+
+@dataclass(frozen=True)
+class StoreConf:
+    dir: str | None = None  # null: in the user's cache folder
+    link: str = field(default="auto", metadata=one_of("auto", "reflink", "hardlink", "copy", what="a way to link"))
+    limit: str | int | None = None  # size that `qbuild gc` shrinks the store to
+
+
+@dataclass(frozen=True)
+class GraphConf:
+    format: str = field(default="text", metadata=one_of("text", "dot", "mermaid", what="a graph format"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of it. ``targets`` is by name, in the order given."""
+
+    model: Model = Model()
+    targets: dict[str, Target] = field(default_factory=dict)
+    calibration: CalibrationConf = CalibrationConf()
+    budget: BudgetConf = BudgetConf()
+    store: StoreConf = StoreConf()
+    graph: GraphConf = GraphConf()
+    out: str | None = None  # null: outputs/<model name>
+    device: str = field(default="auto", metadata=one_of("auto", "cpu", "cuda", what="a device"))
+    format: str = field(default="text", metadata=one_of("text", "json", what="an output format"))
+    keep_going: bool = False
+    rebuild: bool = False
+    offline: bool = False
+
+
+# Target formats. A new format is a dataclass above and a row here.
+FORMATS: dict[str, type[Target]] = {"gguf": GgufTarget}
+
+
+def parse(data: Mapping[str, Any]) -> Config:
+    """The configuration a plain mapping holds (what OmegaConf.to_container gives)."""
+    config = _parse(Config, {k: v for k, v in data.items() if k != "targets"}, "")
+    targets = data.get("targets") or {}
+    if not isinstance(targets, Mapping):
+        raise ConfigError("targets", f"is {_shown(targets)}, not a mapping", "target=gguf/q4_k_m fills it")
+    if config.store.limit is not None:
+        parse_size(config.store.limit, "store.limit")
+    return dataclasses.replace(config, targets={str(name): _target(str(name), t) for name, t in targets.items()})
+
+
+def _target(name: str, data: Any) -> Target:
+    place = f"targets.{name}"
+    if not isinstance(data, Mapping):
+        raise ConfigError(place, f"is {_shown(data)}, not a mapping", f"{place}: {{format: gguf, ftype: Q4_K_M}}")
+    format_ = data.get("format", "gguf")
+    if format_ not in FORMATS:
+        raise ConfigError(f"{place}.format", f"{format_!r} is not a target format", close(str(format_), FORMATS))
+    return _parse(FORMATS[format_], data, place)
+
+
+def _parse(cls: type[T], data: Any, place: str) -> T:
+    if not isinstance(data, Mapping):
+        raise ConfigError(place, f"is {_shown(data)}, not a mapping", f"keys: {', '.join(keys(cls))}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        where = f"{place}.{key}" if place else str(key)
+        if key not in hints:
+            raise ConfigError(where, "there is no such key", close(str(key), keys(cls)))
+        values[key] = _value(value, hints[key], where)
+        for check in [f.metadata["check"] for f in dataclasses.fields(cls) if f.name == key and "check" in f.metadata]:  # type: ignore[arg-type]
+            check(values[key], where)
+    return cls(**values)
+
+
+def keys(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def sections() -> dict[str, list[str]]:
+    """The keys below each key of Config that has some."""
+    hints = typing.get_type_hints(Config)
+    return {name: keys(hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+
+
+def _value(value: Any, hint: Any, place: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _parse(typing.cast(type, hint), value, place)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(a) or a for a in allowed)
+    if isinstance(value, plain) and (bool in plain or not isinstance(value, bool)):
+        return dict(value) if isinstance(value, Mapping) else value
+    names = " or ".join("null" if p is types.NoneType else _KINDS[p] for p in plain)
+    raise ConfigError(place, f"is {_shown(value)}, which is not {names}", _EXAMPLES.get(plain[0], ""))
+
+
+_KINDS = {str: "text", int: "a whole number", bool: "true or false", dict: "a mapping"}
+_EXAMPLES = {bool: "write true or false", str: "quote it if it must be text"}
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
