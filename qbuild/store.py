@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import json
 import os
 import re
 import sqlite3
@@ -28,6 +29,7 @@ from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import StoreError
 from qbuild.fsutil import FileLock, disk_error, fsync_dir, hash_range, read_exact, reserve, stat_of, write_all
 from qbuild.index import Index
+from qbuild.upkeep import GcItem, GcReport, Problem, Stats, choose
 
 __all__ = ["Identity", "Location", "OutputRow", "Partial", "Store", "identity"]
 
@@ -555,6 +557,191 @@ class Store:
                 now = self.clock()
                 db.executemany("UPDATE files SET last_used = ? WHERE blob = ?", [(now, text) for text in sorted(used)])
 
+    # upkeep ----------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        with self.index.reading() as db:
+            slices, results, outputs = db.execute(
+                "SELECT (SELECT count(*) FROM slices), (SELECT count(*) FROM results), (SELECT count(*) FROM outputs)"
+            ).fetchone()
+        blobs = [found.st_size for _, found in self._walk("blobs/??/*")]
+        partials = [found.st_size for _, found in self._walk("partial/*")]
+        return Stats(len(blobs), sum(blobs), len(partials), sum(partials), slices, results, outputs)
+
+    def _walk(self, pattern: str) -> list[tuple[Path, os.stat_result]]:
+        found = ((path, stat_of(path)) for path in sorted(self.root.glob(pattern)))
+        return [(path, stat) for path, stat in found if stat is not None]
+
+    def verify(self, heal: bool = True, on_file: Callable[[Path, int], None] | None = None) -> Iterator[Problem]:
+        """Hash everything: blobs, slices of unfinished files, outputs. Time stamps are not believed.
+
+        With ``heal`` what is damaged is dropped from the store, so that the next build makes it again.
+        ``on_file(path, size)`` is called before a file is read.
+        """
+        tell = on_file or (lambda _path, _size: None)
+        heal = heal and not self.read_only
+        right: dict[tuple[int, int], Digest] = {}  # files by inode, so that a hard-linked output is read once
+        with self.in_use():
+            yield from self._verify_blobs(heal, tell, right)
+            yield from self._verify_partials(tell)
+            yield from self._verify_outputs(heal, tell, right)
+
+    def _verify_blobs(
+        self, heal: bool, tell: Callable[[Path, int], None], right: dict[tuple[int, int], Digest]
+    ) -> Iterator[Problem]:
+        with self.index.reading() as db:
+            rows = db.execute("SELECT id, partial, blob FROM files WHERE blob IS NOT NULL ORDER BY blob").fetchall()
+        for file, partial, blob in rows:
+            path = self._file_path(partial, blob)
+            if not path.exists():
+                if heal:
+                    self._forget_vanished(file)
+                yield Problem("missing", "blob", path, Digest.parse(blob), "the file is gone")
+        sizes = {digest.hash: digest for digest in (Digest.parse(blob) for _, _, blob in rows)}
+        for path, found in self._walk("blobs/??/*"):
+            digest = sizes.get(path.name, Digest(path.name, found.st_size))
+            tell(path, found.st_size)
+            actual = _digest_of(path)
+            if actual == digest:
+                right[(found.st_dev, found.st_ino)] = digest
+            elif actual is not None:
+                if heal:
+                    self._drop_damaged(digest, found.st_ino)
+                yield Problem("damaged", "blob", path, digest, _difference(digest, actual))
+
+    def _verify_partials(self, tell: Callable[[Path, int], None]) -> Iterator[Problem]:
+        with self.index.reading() as db:
+            query = "SELECT id, partial FROM files WHERE partial IS NOT NULL AND blob IS NULL ORDER BY partial"
+            rows = db.execute(query).fetchall()
+        for file, name in rows:
+            path = self.root / "partial" / name
+            found = stat_of(path)
+            held = None if self.read_only else self.try_lock(f"partial {name}")
+            if found is None or held is None:  # being written
+                continue
+            try:
+                tell(path, found.st_size)
+                bad = self._check_slices(file)
+            finally:
+                held.release()
+            for digest, offset in bad:
+                yield Problem(
+                    "damaged", "slice", path, digest, f"{digest.size} bytes at {offset} are not what was written"
+                )
+
+    def _verify_outputs(
+        self, heal: bool, tell: Callable[[Path, int], None], right: dict[tuple[int, int], Digest]
+    ) -> Iterator[Problem]:
+        for row in self.outputs():
+            found = stat_of(row.path)
+            if found is None:
+                problem = Problem("missing", "output", row.path, row.digest, "the file is gone")
+            elif right.get((found.st_dev, found.st_ino)) == row.digest:
+                continue
+            else:
+                tell(row.path, found.st_size)
+                actual = _digest_of(row.path)
+                if actual == row.digest:
+                    continue
+                fact = _difference(row.digest, actual) if actual else "the file is gone"
+                problem = Problem("damaged" if actual else "missing", "output", row.path, row.digest, fact)
+            if heal:
+                self._forget_output(row.path)
+            yield problem
+
+    def _forget_output(self, path: Path) -> None:
+        with self.index.writing() as db:
+            db.execute("DELETE FROM outputs WHERE path = ?", (str(path),))
+        with contextlib.suppress(OSError):  # whoever remembers its time stamps as good finds others
+            os.utime(path)
+
+    def gc(
+        self, roots: Iterable[Digest] = (), limit: int | None = None, dry_run: bool = False, timeout: float = 10.0
+    ) -> GcReport:
+        """Drop what no output needs; with ``limit`` (bytes) only the least recently used, until the store is below it.
+
+        Needed is: ``roots``, every output that still exists, and what went into them. It waits ``timeout`` seconds for
+        builds that use the store; files another process writes are left alone. ``dry_run`` only says what would go.
+        """
+        if dry_run:
+            items, kept, _ = self._plan_gc(roots, limit)
+            return GcReport(items, kept, dry_run)
+        self.index.create()
+        held = FileLock(self.root / "locks" / "in-use", keep=True)
+        if not held.acquire(timeout=timeout):
+            remedy = "run again when it has ended (qbuild gc -n only shows what would go)"
+            raise StoreError(str(self.root), "a build is using the store", remedy)
+        try:
+            self.flush_used()
+            items, kept, temporary = self._plan_gc(roots, limit)
+            self._sweep({item.path for item in items}, temporary)
+            return GcReport(items, kept, dry_run)
+        finally:
+            held.release()
+
+    def _plan_gc(self, roots: Iterable[Digest], limit: int | None) -> tuple[tuple[GcItem, ...], int, list[Path]]:
+        """What goes, the bytes that stay, and temporary files of killed processes."""
+        needed = self._needed({str(digest) for digest in roots})
+        with self.index.reading() as db:
+            rows = db.execute("SELECT id, partial, blob, last_used FROM files ORDER BY blob IS NULL, last_used DESC")
+            files = {self._file_path(p, b): (i, b, used) for i, p, b, used in rows.fetchall()}
+            slices = db.execute("SELECT file, digest FROM slices").fetchall()
+        keep = _files_to_keep(files, slices, needed)
+        kept, droppable, temporary = 0, [], []
+        for path, found in self._walk("blobs/??/*") + self._walk("partial/*"):
+            _, _, used = files.get(path, (0, None, found.st_mtime_ns))
+            partial = path.parent.name == "partial"
+            if partial and path.name.startswith(".tmp-"):
+                temporary.append(path)
+            elif path in keep or (not partial and f"{path.name}/{found.st_size}" in needed) or self._written(path):
+                kept += found.st_size
+            else:
+                why = "an unfinished file" if partial else "no output needs it"
+                frees = found.st_blocks * 512 if found.st_nlink == 1 else 0
+                droppable.append(GcItem(path, found.st_size, frees, used, why))
+        chosen, kept = choose(droppable, kept, limit)
+        return tuple(chosen), kept, temporary
+
+    def _written(self, path: Path) -> bool:
+        """Whether a living process holds that partial."""
+        if path.parent.name != "partial" or self.read_only:
+            return False
+        held = self.try_lock(f"partial {path.name}")
+        if held is not None:
+            held.release()
+        return held is None
+
+    def _needed(self, roots: set[str]) -> set[str]:
+        """Roots, outputs that exist, and the stored inputs of whatever made them."""
+        needed = set(roots)
+        needed.update(str(row.digest) for row in self.outputs() if row.path.exists())
+        with self.index.reading() as db:
+            rows = db.execute("SELECT outputs, inputs FROM results WHERE inputs != '[]'").fetchall()
+        made_from: dict[str, set[str]] = {}
+        for outputs, inputs in rows:
+            for output in json.loads(outputs):
+                made_from.setdefault(output, set()).update(json.loads(inputs))
+        todo = list(needed)
+        while todo:
+            new = made_from.get(todo.pop(), set()) - needed
+            needed |= new
+            todo.extend(new)
+        return needed
+
+    def _sweep(self, gone: set[Path], temporary: list[Path]) -> None:
+        """Rows first: a kill in between leaves files without rows, which the next ``gc`` finds on the disk."""
+        with self.index.writing() as db:
+            rows = db.execute("SELECT id, partial, blob FROM files").fetchall()
+            dead = [i for i, p, b in rows if (path := self._file_path(p, b)) in gone or not path.exists()]
+            _delete_files(db, dead)
+            _delete_dead_rows(db)
+        for path in [*gone, *temporary]:
+            path.unlink(missing_ok=True)
+        for path in (self.root / "locks").glob("*.lock"):  # of holders that were killed
+            lock = FileLock(path)
+            if lock.try_acquire():
+                lock.release()
+
 
 class Partial:
     """A file of known size being written in place, from any thread. ``finished`` journals what stands in it."""
@@ -698,6 +885,61 @@ def _delete_files(db: sqlite3.Connection, ids: list[int]) -> None:
 def _delete_source(db: sqlite3.Connection, path: str) -> None:
     db.execute("DELETE FROM source_digests WHERE source IN (SELECT id FROM sources WHERE path = ?)", (path,))
     db.execute("DELETE FROM sources WHERE path = ?", (path,))
+
+
+def _delete_dead_rows(db: sqlite3.Connection) -> None:
+    """Results whose outputs are gone, records of source files and outputs that are gone."""
+    present = {text for (text,) in db.execute("SELECT blob FROM files WHERE blob IS NOT NULL")}
+    present.update(text for (text,) in db.execute("SELECT DISTINCT digest FROM slices"))
+    results = db.execute("SELECT key, outputs FROM results").fetchall()
+    dead = [(key,) for key, outputs in results if not present.issuperset(json.loads(outputs))]
+    db.executemany("DELETE FROM results WHERE key = ?", dead)
+    for (path,) in db.execute("SELECT path FROM sources").fetchall():
+        if not Path(path).exists():
+            _delete_source(db, path)
+    for (path,) in db.execute("SELECT path FROM outputs").fetchall():
+        if not Path(path).exists():
+            db.execute("DELETE FROM outputs WHERE path = ?", (path,))
+
+
+def _files_to_keep(
+    files: dict[Path, tuple[int, str | None, int]], slices: list[tuple[int, str]], needed: set[str]
+) -> set[Path]:
+    """Needed blobs, then for each needed slice that is in none of them one file that has it, blobs first."""
+    keep = {path for path, (_, blob, _) in files.items() if blob in needed}
+    inside: dict[int, set[str]] = {}
+    for file, digest in slices:
+        if digest in needed:
+            inside.setdefault(file, set()).add(digest)
+    missing = needed - {blob for _, blob, _ in files.values() if blob}
+    missing = missing.difference(*(inside.get(files[path][0], set()) for path in keep))
+    for path, (file, _, _) in files.items():
+        if not missing.isdisjoint(inside.get(file, set())):
+            keep.add(path)
+            missing -= inside[file]
+    return keep
+
+
+def _digest_of(path: Path) -> Digest | None:
+    """The digest of a whole file, None where it is gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        hasher = Hasher()
+        hash_range(fd, 0, os.fstat(fd).st_size, hasher.update)
+        return hasher.digest()
+    except OSError as error:
+        raise _unreadable(error, path) from None
+    finally:
+        os.close(fd)
+
+
+def _difference(wanted: Digest, found: Digest) -> str:
+    if wanted.size != found.size:
+        return f"it has {found.size} bytes, not {wanted.size}"
+    return f"its bytes are {found.hash[:12]}…, not {wanted.hash[:12]}…"
 
 
 def _unreadable(error: OSError, path: Path) -> StoreError:
