@@ -1,11 +1,11 @@
 """Quantizers byte-equal to llama.cpp's on x86-64, and the checks llama-quantize makes.
 
 Weights are float32, float16, or bfloat16 held as uint16: C-contiguous [rows, cols]. Quantized data is uint8
-[rows, row bytes]. Importing this package loads no numba: a quantizer's module is imported at its first use, and its kernel
-then comes from numba's disk cache, or is compiled (``warm`` does that ahead). Kernels release the GIL.
+[rows, row bytes]. Importing this package loads no numba: a quantizer's module is imported at its first use, and its
+kernel then comes from numba's disk cache, or is compiled (``warm`` does that ahead). Kernels release the GIL.
 
-A quantizer is a module named in ``MODULES`` with ``quantize(name, source, kind, out, cols, imatrix)``: source and out are
-flat uint8 arrays, kind is one of simd's F32, F16, BF16.
+A quantizer is a module named in ``MODULES`` with ``quantize(name, source, kind, out, cols, imatrix)``: source and out
+are flat uint8 arrays, kind is one of simd's F32, F16, BF16.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 from qbuild.ggml import QTYPES
 
 __all__ = [
-    "MODULES", "NEEDS_IMATRIX", "cast_into", "dequantize", "first_nonfinite", "invalid_blocks", "quantize", "quantize_into",
-    "warm",
+    "MODULES", "NEEDS_IMATRIX", "cast_into", "dequantize", "first_nonfinite", "invalid_blocks", "quantize",
+    "quantize_into", "warm",
 ]  # fmt: skip
 
 MODULES = {
@@ -72,10 +72,10 @@ def quantize(x: np.ndarray, type: str, imatrix: np.ndarray | None = None, thread
 def quantize_into(x: np.ndarray, out: np.ndarray, type: str, imatrix: np.ndarray | None = None) -> None:  # noqa: A002
     """Quantize rows on this thread, without the GIL, with less than 1 MiB of scratch.
 
-    x: float32, float16 or uint16 (bfloat16) [rows, cols]; out: uint8 [rows, row bytes]; imatrix: float32 [cols], the mean
-    square of each column's input. F16, BF16 and F32 are casts. Raises ValueError on a shape, dtype or layout that does not
-    fit, or where ``type`` needs an imatrix or has no quantizer. Weights must be finite (``first_nonfinite``); scales that
-    overflow float16 are stored as they come (``invalid_blocks``).
+    x: float32, float16 or uint16 (bfloat16) [rows, cols]; out: uint8 [rows, row bytes]; imatrix: float32 [cols], the
+    mean square of each column's input. F16, BF16 and F32 are casts. Raises ValueError on a shape, dtype or layout that
+    does not fit, or where ``type`` needs an imatrix or has no quantizer. Weights must be finite (``first_nonfinite``);
+    scales that overflow float16 are stored as they come (``invalid_blocks``).
     """
     rows, cols = x.shape
     q, held = _qtype(type), _held(x)
@@ -118,7 +118,7 @@ def first_nonfinite(x: np.ndarray) -> int | None:
 
 
 def invalid_blocks(out: np.ndarray, type: str) -> int | None:  # noqa: A002
-    """The first block (counted over all rows) whose scale is NaN or infinite, or None: llama-quantize stops there too."""
+    """The first block (counted over all rows) whose scale is NaN or infinite, or None. llama-quantize stops there."""
     if type in _KINDS:
         at = import_module("qbuild.kernels.cast").first_nonfinite(
             _bytes(out), _KINDS[type], out.size // _qtype(type).nbytes

@@ -1,7 +1,7 @@
 """Q8_0, Q4_0, Q4_1, Q5_0, Q5_1: blocks of 32, a block per lane. Rounded, or fitted where an imatrix weighs the columns.
 
-Byte-equal to quantize_q8_0 and quantize_q{4,5}_{0,1} of llama.cpp (ggml-quants.c). With an imatrix a block depends on its
-whole row, through sigma2. Q8_0 ignores an imatrix.
+Byte-equal to quantize_q8_0 and quantize_q{4,5}_{0,1} of llama.cpp (ggml-quants.c). With an imatrix a block depends on
+its whole row, through sigma2. Q8_0 ignores an imatrix.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from qbuild.kernels.simd import (
     fabs,
     fmax,
     fmin,
+    host_lanes,
     inline,
     kernel,
     load,
@@ -34,7 +35,7 @@ from qbuild.kernels.simd import (
 )
 from qbuild.kernels.superblock import put_half
 
-WIDTH = 32
+WIDTH = host_lanes()
 _U8, _I32, _F32 = np.uint8, np.int32, np.float32
 
 
@@ -225,7 +226,7 @@ def _fit_signed(top, tries, k, zero):
 
 @inline
 def _unload(out, first, live, nbytes, top, minimum, k, zero):
-    """Levels and headers of a tile to blocks: scale, minimum, fifth bits, then the levels (two to a byte below 8 bits)."""
+    """Levels and headers of a tile to blocks: scale, minimum, fifth bits, then levels (two to a byte below 8 bits)."""
     n = 32
     if top != 255:
         n = 16

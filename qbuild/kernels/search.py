@@ -1,9 +1,10 @@
 """The searches that ggml's quantizers share, one independent problem per lane.
 
-Each routine repeats the float32 arithmetic of its namesake in llama.cpp's ggml-quants.c (make_qkx2_quants, make_qkx3_quants,
-make_qx_quants, make_q3_quants, make_qp_quants; ggml 0.25) in that order of operations, so scales have equal bits on any
-input, overflow included. ``x`` and ``w`` are float32 tiles in lane order: element i of lane k at i * lanes + k; ``zero`` is
-a Vec of zeros, which says how many lanes. A search never stores the levels of its best step: a lane remembers the inverse scale (and
+Each routine repeats the float32 arithmetic of its namesake in llama.cpp's ggml-quants.c (ggml 0.25) in that order of
+operations, so scales have equal bits on any finite input, overflow included.
+
+``x`` and ``w`` are float32 tiles in lane order, element i of lane k at i * lanes + k; ``zero`` is a Vec of zeros, which
+says how many lanes. A search does not store the levels of its best step: a lane remembers the inverse scale (and the
 minimum) they were made with, and levels are made again for the rare lane that keeps them.
 """
 
@@ -23,6 +24,7 @@ from qbuild.kernels.simd import (
     lanes,
     load,
     load_columns,
+    rint,
     select,
     splat,
     store,
@@ -83,7 +85,7 @@ def signed_byte(v):
 
 @inline
 def fit_affine(x, w, q, n, top, tries, absolute, zero):
-    """make_qkx2_quants and make_qkx3_quants: (scale, low, inverse, base, sum of weights); kept q = inverse * (x - base).
+    """make_qkx2_quants and make_qkx3_quants: (scale, low, inverse, base, sum of w); kept q = inverse * (x - base).
 
     ``tries``: the numerators of ``steps``. ``absolute``: weigh |error|, not its square. ``q``: scratch of a tile.
     """
@@ -97,6 +99,7 @@ def fit_affine(x, w, q, n, top, tries, absolute, zero):
         sum_x += weight * v
     low = select(low > 0.0, 0.0, low)
     flat, floor = low == high, low
+    lowest = low
     inverse = top / (high - low)
     scale = 1.0 / inverse
     for i in range(n):
@@ -105,15 +108,11 @@ def fit_affine(x, w, q, n, top, tries, absolute, zero):
     base = low
     for s in range(len(tries)):
         trial = tries[s] / (high - low)
-        sum_l, sum_l2, sum_xl = zero, zero, zero
-        for i in range(n):
-            v, weight = load(x, i * width, zero), load(w, i * width, zero)
-            l = level(trial * (v - low), 0.0, top)
-            store(q, i * width, l)
-            wl = weight * l
-            sum_l += wl
-            sum_l2 += wl * l
-            sum_xl += wl * v
+        calm = flat | ((fabs(trial * (high - low)) < 4194304.0) & (fabs(trial * (lowest - low)) < 4194304.0))
+        if any_lane(~calm):
+            sum_l, sum_l2, sum_xl = _sums(x, w, q, n, trial, low, top, False, zero)
+        else:
+            sum_l, sum_l2, sum_xl = _sums(x, w, q, n, trial, low, top, True, zero)
         D = sum_w * sum_l2 - sum_l * sum_l
         new_scale = (sum_w * sum_xl - sum_x * sum_l) / D
         new_low = (sum_l2 * sum_x - sum_l * sum_xl) / D
@@ -127,6 +126,24 @@ def fit_affine(x, w, q, n, top, tries, absolute, zero):
         low = select(better, new_low, low)
     scale, low = select(flat, 0.0, scale), select(flat, floor, low)
     return scale, low, select(flat, 0.0, inverse), select(flat, 0.0, base), sum_w
+
+
+@inline
+def _sums(x, w, q, n, trial, low, top, calm, zero):
+    width = lanes(zero)
+    sum_l, sum_l2, sum_xl = zero, zero, zero
+    for i in range(n):
+        v, weight = load(x, i * width, zero), load(w, i * width, zero)
+        if calm:
+            l = fmin(fmax(rint(trial * (v - low)), zero), splat(top, zero))
+        else:
+            l = level(trial * (v - low), 0.0, top)
+        store(q, i * width, l)
+        wl = weight * l
+        sum_l += wl
+        sum_l2 += wl * l
+        sum_xl += wl * v
+    return sum_l, sum_l2, sum_xl
 
 
 @inline
@@ -190,7 +207,7 @@ def fit_scale(x, w, n, top, tries, zero):
 
 @inline
 def fit_scale_by_descent(x, w, q, n, top, zero):
-    """make_q3_quants with rmse: (scale, mask of all-zero lanes); the levels are left in ``q``, float32 in -top..top-1."""
+    """make_q3_quants with rmse: (scale, mask of all-zero lanes); levels are left in ``q``, float32 in -top..top-1."""
     width = lanes(zero)
     extreme, largest = extreme_of(x, n, zero)
     inverse = -top / extreme
@@ -209,11 +226,12 @@ def fit_scale_by_descent(x, w, q, n, top, zero):
             lx, l2 = sum_lx - wv * l, sum_l2 - weight * l * l
             new = level(v * l2 / lx, -top, top - 1.0)
             moved = (lx > 0.0) & (new != l)
-            lx, l2 = lx + wv * new, l2 + weight * new * new
-            better = moved & (l2 > 0.0) & (lx * lx * sum_l2 > sum_lx * sum_lx * l2)
-            store(q, i * width, select(better, new, l))
-            sum_lx, sum_l2 = select(better, lx, sum_lx), select(better, l2, sum_l2)
-            changed |= better
+            if any_lane(moved):  # seldom after the first pass, and then the next weight need not wait for this one
+                lx, l2 = lx + wv * new, l2 + weight * new * new
+                better = moved & (l2 > 0.0) & (lx * lx * sum_l2 > sum_lx * sum_lx * l2)
+                store(q, i * width, select(better, new, l))
+                sum_lx, sum_l2 = select(better, lx, sum_lx), select(better, l2, sum_l2)
+                changed |= better
         if not any_lane(changed):
             break
     empty = largest < TINY
@@ -222,7 +240,7 @@ def fit_scale_by_descent(x, w, q, n, top, zero):
 
 @inline
 def fit_positive(x, w, q, n, top, tries, zero):
-    """make_qp_quants: the scale of x >= 0 with q in 0..top; the levels are left in ``q`` (int32, as uint8_t holds them).
+    """make_qp_quants: the scale of x >= 0 with q in 0..top; levels are left in ``q`` (int32, as uint8_t holds them).
 
     ``tries``: top + 0.1 * s for s in -4..4, the first one s = 0.
     """

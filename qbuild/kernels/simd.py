@@ -1,7 +1,8 @@
+# ruff: noqa: ARG001, ARG005 -- numba dictates the parameters of typers and code generators
 """Explicit SIMD values inside numba: strict IEEE float32, generic over the lane count.
 
 A ``Vec(elem, n)`` is an LLVM ``<n x elem>`` that lives in registers: float32, int32, uint32, uint16, uint8, or boolean
-(a mask). LLVM splits or joins it to what the CPU has, so n is chosen for latency (32 hides a division), not for an
+(a mask). LLVM splits it into what the CPU has, so n is a matter of speed alone (``host_lanes``), not of an
 instruction set. No fast-math flag is ever set and nothing is contracted to FMA: each lane computes what scalar C would.
 
 The habit of this package is lane = one independent problem (a sub-block, a super-block), the element loop sequential,
@@ -16,7 +17,7 @@ Inside ``@inline`` or ``@kernel`` functions (v, w: Vec of one shape; s: Python o
     load_as(a, byte, dtype, like)   store_as(a, byte, v)      the same at a byte offset of a uint8 array
     select(m, v, w)   any_lane(m)   lane(v, k)   lanes(v)
     fmin(v, w)   fmax(v, w)                                   v < w ? v : w and v > w ? v : w, as C's MIN and MAX
-    fabs(v)   sqrt(v)
+    fabs(v)   sqrt(v)   rint(v)
     to(v, dtype)   bits(v, dtype)                             convert (see ``to``), reinterpret
     gather(a, i)                                              a[i] per lane
     from_half to_half from_bfloat to_bfloat                   float16 and bfloat16 bits
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.core import caching, cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
@@ -46,7 +48,7 @@ _ELEMENTS = {
 }
 _JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
-inline = njit(forceinline=True, **_JIT)
+inline = njit(inline="always", **_JIT)
 
 
 def kernel(function: Any) -> Any:
@@ -60,12 +62,17 @@ def kernel(function: Any) -> Any:
     return compiled
 
 
+def host_lanes() -> int:
+    """Lanes of a search: enough independent chains to hide latency, few enough to stay in registers."""
+    return 64 if get_host_cpu_features().get("avx512f") else 32
+
+
 def _sources() -> tuple[tuple[str, int, int], ...]:
     stats = ((p.name, p.stat()) for p in sorted(Path(__file__).parent.glob("*.py")))
     return tuple((name, s.st_mtime_ns, s.st_size) for name, s in stats)
 
 
-class Vec(types.Type):
+class Vec(types.Type):  # type: ignore[misc]
     """n lanes of a scalar type."""
 
     def __init__(self, elem: types.Type, n: int) -> None:
@@ -78,7 +85,7 @@ class Vec(types.Type):
 
 
 @register_model(Vec)
-class _VecModel(models.PrimitiveModel):
+class _VecModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, dmm, fe_type):
         super().__init__(dmm, fe_type, fe_type.llvm)
 
@@ -342,6 +349,21 @@ def _unary(name: str):
 
 
 sqrt, fabs = _unary("sqrt"), _unary("fabs")
+
+
+@intrinsic
+def rint(tyctx, value):
+    """Round to an integer, half to even, for |value| < 2**22."""
+
+    def codegen(context, builder, sig, args):
+        if "+sse4.1" in context.codegen().magic_tuple()[2]:
+            shape = ir.FunctionType(value.llvm, [value.llvm])
+            rounding = cgutils.get_or_insert_function(builder.module, shape, f"llvm.rint.v{value.n}f32")
+            return builder.call(rounding, args)
+        magic = _const(value.n, ir.FloatType(), 12582912.0)  # no instruction for it: LLVM would call libm, lane by lane
+        return builder.fsub(builder.fadd(args[0], magic), magic)
+
+    return value(value), codegen
 
 
 @inline

@@ -1,7 +1,8 @@
 """What the K-quants have in common: 16 super-blocks of 256 weights at a time, into lane order and back.
 
-A *group* is 16 super-blocks. Its weights are loaded transposed, a sub-block per lane, in *tiles* of ``WIDTH`` sub-blocks;
-block scales are fitted with a super-block per lane. A group that reaches past the end of the data repeats the last block.
+A *group* is 16 super-blocks. Its weights are loaded transposed, a sub-block per lane, in *tiles* of ``WIDTH``
+sub-blocks; block scales are fitted with a super-block per lane. A group that reaches past the end of the data repeats
+the last block.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from qbuild.kernels.search import sum_of_squares
-from qbuild.kernels.simd import inline, load, load_columns, scratch, sqrt, store, transpose
+from qbuild.kernels.simd import host_lanes, inline, load, load_columns, scratch, sqrt, store, transpose
 
 GROUP = 16  # super-blocks
-WIDTH = 32  # lanes of a search: enough independent chains to hide the latency of add and divide
+WIDTH = host_lanes()
 TILE = 32 * WIDTH
 WEIGHTS = 256 * GROUP
 SUBS = 16 * GROUP  # sub-blocks of a group, at most
@@ -43,9 +44,9 @@ class Work(NamedTuple):
 @inline
 def work():
     return Work(
-        scratch(WEIGHTS), scratch(TILE), scratch(TILE), scratch(5 * SUBS), scratch(5 * SUBS), np.empty(2 * SUBS, np.int32),
-        np.empty(2 * GROUP, np.int32), scratch(2 * GROUP), scratch(2 * SUBS), np.empty(WEIGHTS, _U8),
-        np.empty(TILE, _U8), np.empty(WEIGHTS, _U8), scratch(512), np.empty(32, np.int64),
+        scratch(WEIGHTS), scratch(TILE), scratch(TILE), scratch(5 * SUBS), scratch(5 * SUBS),
+        np.empty(2 * SUBS, np.int32), np.empty(2 * GROUP, np.int32), scratch(2 * GROUP), scratch(2 * SUBS),
+        np.empty(WEIGHTS, _U8), np.empty(TILE, _U8), np.empty(WEIGHTS, _U8), scratch(512), np.empty(32, np.int64),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Q3_K, Q6_K: a weight is d * code * q with signed q, fitted by make_q3_quants (Q3_K without an imatrix) or make_qx_quants.
+"""Q3_K, Q6_K: a weight is d * code * q with signed q, by make_q3_quants (Q3_K without an imatrix) or make_qx_quants.
 
 Byte-equal to quantize_q3_K and quantize_q6_K of llama.cpp (ggml-quants.c).
 """
@@ -121,7 +121,7 @@ def _store_scale(scale, k):
 
 @inline
 def _fit_codes(tries, k):
-    """Q3_K with an imatrix: block scale and codes by the same search, each sub-block weighing the sum of its weights."""
+    """Q3_K with an imatrix: block scale and codes by the same search; a sub-block weighs the sum of its weights."""
     zero = splat(0.0, GROUP)
     by_block(0, PER_BLOCK, k)
     by_block(1, PER_BLOCK, k)

@@ -1,4 +1,4 @@
-"""ggml's own quantizers as the oracle: the C symbols of xllamacpp's library (or of a given libggml-base.so), by ctypes."""
+"""ggml's own quantizers as the oracle: C symbols of xllamacpp's library, or of a given libggml-base.so, by ctypes."""
 
 from __future__ import annotations
 
