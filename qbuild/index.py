@@ -60,6 +60,7 @@ CREATE TABLE outputs (
 ) WITHOUT ROWID;
 """
 
+_ABANDONED: list[sqlite3.Connection] = []
 _READONLY = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
@@ -72,6 +73,7 @@ class Index:
         self.root, self.path = root, root / "index.sqlite"
         self.writable = _may_write(root)
         self._ready = False
+        self._pid = os.getpid()
         self._free: list[sqlite3.Connection] = []
         self._blank: list[sqlite3.Connection] = []  # stand in while there is no index
         self._write_lock = threading.RLock()
@@ -122,10 +124,10 @@ class Index:
 
     def create(self) -> None:
         """Make the store's folders and an empty index where there is none."""
-        if self._ready:
-            return
         if not self.writable:
             raise self.read_only()
+        if self._ready:
+            return
         try:
             for name in ("blobs", "partial", "locks"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
@@ -168,6 +170,8 @@ class Index:
 
     def _take(self) -> tuple[sqlite3.Connection, list[sqlite3.Connection]]:
         """A connection, and the pool it goes back to. An index that is not there yet reads as empty."""
+        if self._pid != os.getpid():
+            self._forked()
         with contextlib.suppress(IndexError):
             return self._free.pop(), self._free
         if not self.path.exists():
@@ -179,6 +183,11 @@ class Index:
             self._check()
             self._ready = True
         return self._open(), self._free
+
+    def _forked(self) -> None:
+        """SQLite's connections do not survive a fork: a child leaves its parent's alone, unclosed, and opens others."""
+        _ABANDONED.extend(self._free)
+        self._free[:], self._pid = [], os.getpid()
 
     def _open(self) -> sqlite3.Connection:
         if self.writable:

@@ -773,7 +773,11 @@ class Partial:
         """The row and the file; what an earlier run journalled, as (offset, end, digest), unless the size differs."""
         found = stat_of(self.path)
         with self.store.index.writing() as db:
-            row = db.execute("SELECT id, size FROM files WHERE partial = ?", (self.name,)).fetchone()
+            row = db.execute("SELECT id, size, blob FROM files WHERE partial = ?", (self.name,)).fetchone()
+            if row is not None and found is None and row[2] and self.store.blob_path(Digest.parse(row[2])).exists():
+                # a kill after the rename: that file is done
+                db.execute("UPDATE files SET partial = NULL WHERE id = ?", (row[0],))
+                row = None
             if row is not None and (found is None or found.st_size != self.size or row[1] != self.size):
                 _delete_files(db, [row[0]])
                 row = None
