@@ -202,6 +202,8 @@ def _parse(cls: type[T], data: Any, place: str) -> T:
         where = f"{place}.{key}" if place else str(key)
         if key not in hints:
             raise ConfigError(where, "there is no such key", close(str(key), keys(cls)))
+        if value is None and typing.get_origin(hints[key]) is dict:
+            continue  # OmegaConf holds an empty mapping as null: one that is there could not be replaced
         values[key] = _value(value, hints[key], where)
         for check in [f.metadata["check"] for f in dataclasses.fields(cls) if f.name == key and "check" in f.metadata]:  # type: ignore[arg-type]
             check(values[key], where)

@@ -6,7 +6,6 @@ Hydra's own ``@hydra.main`` is not used: it composes everything twice and prints
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import types
 import typing
@@ -24,7 +23,7 @@ __all__ = ["Composer", "Job", "Task", "opened"]
 
 PRIMARY = "qbuild"  # not `config`: ./conf may belong to another Hydra program
 
-Task = Callable[["Job"], dict[str, Any]]  # runs a job; the document it returns says how it went
+Task = Callable[["Job"], Any]  # runs a job and returns how it went
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Composer:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        with translated(self.overrides):
+        with translated(self.overrides, self.names):
             config = self.hydra.compose_config(PRIMARY, self.overrides, RunMode.RUN)
             HydraConfig.instance().set_config(config)
             return _job(config)
@@ -60,7 +59,7 @@ class Composer:
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.types import RunMode
 
-        with translated(self.overrides):
+        with translated(self.overrides, self.names):
             master = self.hydra.compose_config(PRIMARY, self.overrides, RunMode.MULTIRUN)
             sweeper, launcher = master.hydra.sweeper, master.hydra.launcher
             if not (sweeper._target_.endswith(".BasicSweeper") and launcher._target_.endswith(".BasicLauncher")):
@@ -71,16 +70,16 @@ class Composer:
             batches = BasicSweeper.split_arguments(parsed, None)
             return [_job(loader.load_sweep_config(master, words)) for batch in batches for words in batch]
 
-    def launch(self, task: Task) -> list[dict[str, Any]]:
+    def launch(self, task: Task) -> list[Any]:
         """A multirun through the user's sweeper and launcher; jobs may run in other processes."""
-        with translated(self.overrides):
+        with translated(self.overrides, self.names):
             found = self.hydra.multirun(PRIMARY, _Launched(task), self.overrides, with_log_configuration=False)
         batches = found if isinstance(found, list) else []
         return [job.return_value for batch in batches for job in batch]
 
     def show(self, args: Args) -> None:
         """``--cfg``, ``--info``, ``--hydra-help``: Hydra's own views of the configuration, printed by Hydra."""
-        with translated(self.overrides):
+        with translated(self.overrides, self.names):
             if "cfg" in args.options:
                 package, resolve = args.options.get("package"), "resolve" in args.switches
                 self.hydra.show_cfg(PRIMARY, self.overrides, args.options["cfg"], package, resolve)
@@ -102,7 +101,7 @@ class _Launched:
 
     task: Task
 
-    def __call__(self, config: Any) -> dict[str, Any]:
+    def __call__(self, config: Any) -> Any:
         return self.task(_job(config))
 
 
@@ -180,10 +179,11 @@ def _node(cls: type) -> type:
         if dataclasses.is_dataclass(hint):
             node = _node(typing.cast(type, hint))
             fields.append((field.name, node, dataclasses.field(default_factory=node)))
-        elif typing.get_origin(hint) is dict:
+        elif field.name == "targets":
             fields.append((field.name, dict[str, Any], dataclasses.field(default_factory=dict)))
         else:
-            fields.append((field.name, _leaf(hint), dataclasses.field(default=field.default)))
+            default = None if field.default is dataclasses.MISSING else field.default
+            fields.append((field.name, _leaf(hint), dataclasses.field(default=default)))
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
@@ -203,8 +203,3 @@ def completion_script(composer: Composer, action: str, shell: str) -> None:
     """Print what installs or uninstalls tab completion in a shell."""
     plugin = composer.hydra.get_shell_to_plugin_map(composer.hydra.config_loader)[shell][0]
     plugin.install() if action == "install" else plugin.uninstall()
-
-
-def stamp_paths(composer: Composer) -> list[Path]:
-    """Folders whose files decided the composition, to be watched by a recorded null build."""
-    return [folder for folder in composer.folders if os.fspath(folder)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from qbuild import schema
@@ -11,9 +11,11 @@ from qbuild.errors import ConfigError
 
 __all__ = ["translated"]
 
+Names = Callable[[str], list[str]]  # what can be chosen in a config group
+
 
 @contextmanager
-def translated(overrides: list[str]) -> Iterator[None]:
+def translated(overrides: list[str], names: Names) -> Iterator[None]:
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import MarkedYAMLError, YAMLError
@@ -21,9 +23,10 @@ def translated(overrides: list[str]) -> Iterator[None]:
     try:
         yield
     except OverrideParseException as error:
-        raise _parse_error(error.override, str(error)) from None
+        remedy = "write key=value, and quote lists for the shell: 'target=[gguf/q4_k_m,gguf/q8_0]'"
+        raise ConfigError(error.override, "is not a setting", remedy) from None
     except MissingConfigException as error:
-        raise _missing(error.missing_cfg_file or "", error.options, str(error), overrides) from None
+        raise _missing(error.missing_cfg_file or "", str(error), overrides, names) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{mark.name}:{mark.line + 1}" if mark else "configuration"
@@ -34,59 +37,57 @@ def translated(overrides: list[str]) -> Iterator[None]:
         raise _composition(error, overrides) from None
 
 
-def _parse_error(override: str, text: str) -> ConfigError:
-    detail = text.splitlines()[0].split(":", 1)[-1].strip() if "mismatched" in text or "token" in text else ""
-    remedy = "key=value; quote lists and odd characters for the shell: 'target=[gguf/q4_k_m,gguf/q8_0]' \"out='a b'\""
-    return ConfigError(override, "is not a setting" + (f" ({detail})" if detail else ""), remedy)
-
-
-def _missing(name: str, options: object, text: str, overrides: list[str]) -> ConfigError:
-    """A file of a config group that is not there. Hydra lists the options of the group."""
+def _missing(name: str, text: str, overrides: list[str], names: Names) -> ConfigError:
+    """A choice of a config group that is not there."""
     group, _, choice = name.partition("/")
-    listed = list(options) if isinstance(options, (list, tuple)) else []
-    where = next((o for o in overrides if choice and o.lstrip("+").startswith(f"{group}=") and choice in o), name)
-    fact = f"there is no {group} named {choice!r}" if choice else f"{name!r} is not there"
-    return ConfigError(where, fact, schema.close(choice, listed) if listed else text.splitlines()[-1].strip())
+    known = names(group)
+    if not choice or not known:
+        return ConfigError(name or "configuration", "is not there", text.splitlines()[0].strip())
+    typed = (o for o in overrides if o.lstrip("+").startswith(f"{group}=") and choice in o)
+    found = re.search(r"In '([^']+)'", text)
+    file = f"{found[1]}.yaml" if found and found[1].startswith("recipe/") else None
+    same = [n for n in known if n.rpartition("/")[2] == choice]
+    remedy = f"did you mean {' or '.join(same)}?" if same else schema.close(choice, known)
+    place = next(typed, f"{file}: {group}" if file else f"{group}={choice}")
+    return ConfigError(place, f"there is no {group} named {choice!r}", remedy)
 
 
 def _composition(error: Exception, overrides: list[str]) -> ConfigError:
-    cause = error.__cause__ or error.__context__
-    text = str(error) or str(cause or "")
-    whole = f"{text}\n{cause or ''}"
+    """Hydra and OmegaConf say what is wrong in prose only; the patterns below are those of 1.3 and 2.3."""
+    text = f"{error}\n{error.__cause__ or error.__context__ or ''}"
+    file = re.search(r"In '([^']+)': \w+ raised while composing", text)
+    where = f"{file[1]}.yaml: " if file else ""
+    key = re.search(r"full_key: (\S+)", text)
     if (found := re.search(r"Could not override '([^']+)'", text)) is not None:
-        return _unknown_key(found[1], overrides)
+        return _unknown(found[1], next((o for o in overrides if o.startswith(f"{found[1]}=")), found[1]))
     if (found := re.search(r"Ambiguous value for argument '([^']+)'", text)) is not None:
-        key, _, values = found[1].partition("=")
-        remedy = f"as a list: '{key}=[{values}]'\nas a sweep, one build each: -m {found[1]}"
+        name, _, values = found[1].partition("=")
+        remedy = f"as a list: '{name}=[{values}]'\nas a sweep, one build each: -m {found[1]}"
         return ConfigError(found[1], "several values for one setting", remedy)
-    if (found := re.search(r"full_key: (\S+)", whole)) is not None:
-        fact = next((line for line in whole.splitlines() if line.strip() and "override" not in line), text)
-        return ConfigError(found[1], _lower(fact), _at(text))
+    if key is not None and re.search(r"Key '[^']+' (not in|is not in struct)", text):
+        return _unknown(key[1], where + key[1])
+    if key is not None and key[1] in schema.sections():
+        names = ", ".join(f"{key[1]}.{name}" for name in schema.sections()[key[1]])
+        return ConfigError(where + key[1], "is a group of keys, not a value", names)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return ConfigError("configuration", _lower(lines[0]) if lines else type(error).__name__, "\n".join(lines[1:]))
+    facts = [line for line in lines if not re.search(r"raised while composing|Error merging|_(key|type): ?|_type=", line)]
+    fact = facts[0] if facts else type(error).__name__
+    rest = "\n".join(line for line in facts[1:] if line not in fact) if key is None else ""
+    return ConfigError(where + (key[1] if key else "configuration"), fact[:1].lower() + fact[1:], rest)
 
 
-def _unknown_key(key: str, overrides: list[str]) -> ConfigError:
-    return ConfigError(next((o for o in overrides if o.startswith(f"{key}=")), key), "there is no such key", _near(key))
-
-
-def _near(key: str) -> str:
-    """The keys at the level where ``key`` goes wrong."""
+def _unknown(key: str, place: str) -> ConfigError:
+    """A key that does not exist: the keys at the level where it goes wrong."""
     head, _, rest = key.partition(".")
-    if head == "targets":
-        name, _, wrong = rest.partition(".")
-        known = schema.keys(schema.GgufTarget)
-        return schema.close(wrong, known) + f"\nand targets.{name} is there only once target=… has chosen it"
     sections = schema.sections()
-    if head in sections:
-        return schema.close(rest, sections[head])
-    return schema.close(head, [*schema.keys(schema.Config), "target"])
-
-
-def _at(text: str) -> str:
-    found = re.search(r"In '([^']+)'", text)
-    return f"in {found[1]}.yaml" if found else ""
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+    if head == "recipe":
+        remedy = f"a recipe is added with a plus: +{place}"
+    elif head == "targets":
+        name, _, wrong = rest.partition(".")
+        known = schema.close(wrong, schema.keys(schema.GgufTarget))
+        remedy = f"{known}\nand targets.{name} is there only once target=… has chosen it"
+    elif rest and head in sections:
+        remedy = schema.close(rest, sections[head])
+    else:
+        remedy = schema.close(head, [*schema.keys(schema.Config), "target"])
+    return ConfigError(place, "there is no such key", remedy)

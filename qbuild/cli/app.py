@@ -1,0 +1,246 @@
+"""From argv to an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qbuild import __version__, fastpath, machine, progress, render
+from qbuild.cli import args as arguments
+from qbuild.cli import compose, nullbuild
+from qbuild.cli.args import Args
+from qbuild.cli.compose import Composer, Job
+from qbuild.cli.verbs import VERBS, Request
+from qbuild.errors import ConfigError, Interrupted, QbuildError
+
+__all__ = ["main"]
+
+PIPE_CLOSED = 141  # what a shell reports of a program that a closed pipe ended
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job ended: its document (an error's is ``{"error": …}``), its text, its exit code."""
+
+    document: Mapping[str, Any]
+    text: str
+    code: int
+
+
+def main(argv: list[str]) -> int:
+    json_wanted = [a for a in argv if a.startswith("format=")][-1:] == ["format=json"]
+    with _terminable():
+        try:
+            outcome = _quietly(argv, json_wanted) if json_wanted else _run(argv, json_wanted)
+        except BaseException as error:
+            outcome = _failed(error)
+    try:
+        return _print(outcome, json_wanted)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _print(outcome: Outcome, json_wanted: bool) -> int:
+    if json_wanted:
+        sys.stdout.write(json.dumps(outcome.document, indent=2) + "\n")
+    elif "error" in outcome.document:
+        sys.stderr.write(outcome.text)
+    else:
+        sys.stdout.write(outcome.text)
+    sys.stdout.flush()
+    return outcome.code
+
+
+def _quietly(argv: list[str], json_wanted: bool) -> Outcome:
+    """Whatever a library prints goes to standard error: standard output is one document."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return _run(argv, json_wanted)
+
+
+def _failed(error: BaseException) -> Outcome:
+    """An error as an outcome. What is not one of ours is a bug, and shows where."""
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted("interrupted", "nothing finished is lost", "run the same command again to go on from here")
+    if isinstance(error, QbuildError):
+        document = {"place": error.place, "fact": error.fact, "remedy": error.remedy, "exit_code": error.exit_code}
+        return Outcome({"error": document}, render.error(document), error.exit_code)
+    if isinstance(error, BrokenPipeError):
+        return Outcome({"error": {}}, "", PIPE_CLOSED)
+    text = "".join(traceback.format_exception(error))
+    sys.stderr.write(text)
+    fact = f"{type(error).__name__}: {error}"
+    document = {"place": "BUG", "fact": fact, "remedy": "please report it with the lines above", "exit_code": 1}
+    return Outcome({"error": document}, render.error(document), 1)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a build as Ctrl-C does: workers stopped, finished tensors kept."""
+
+    def stop(_signal: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(argv: list[str], json_wanted: bool) -> Outcome:
+    began = time.time_ns()
+    args = arguments.read(argv, {name: verb.words for name, verb in VERBS.items()})
+    if "version" in args.switches:
+        return Outcome({"version": __version__}, f"qbuild {__version__}\n", 0)
+    if "help" in args.switches:
+        return Outcome({"help": _help()}, _help(), 0)
+    cwd = Path.cwd()
+    with compose.opened(args, cwd) as composer:
+        if "shell_completion" in args.options:
+            return _completion(composer, args.options["shell_completion"] + "".join(args.overrides))
+        if args.options.keys() & {"cfg", "info"} or "hydra_help" in args.switches:
+            composer.show(args)
+            return Outcome({}, "", 0)
+        runner = Runner(args.verb, args.words, "-n" if "dry_run" in args.switches else "", json_wanted)
+        if "multirun" in args.switches:
+            return _multirun(composer, runner)
+        job = composer.job()
+        outcome = runner.run(job)
+        if args.verb == "build" and not runner.dry_run:
+            _record(argv, cwd, job, composer, outcome, json_wanted, began)
+        return outcome
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What is done with each job. A value, so that a launcher can send it to another process."""
+
+    verb: str
+    words: tuple[str, ...]
+    dry_run: str
+    quiet: bool
+
+    def run(self, job: Job) -> Outcome:
+        sink = progress.sink(sys.stderr, quiet=self.quiet or job.config.format == "json")
+        answer = VERBS[self.verb].run(Request(job.config, self.words, bool(self.dry_run), sink))
+        return Outcome(answer.document, answer.text, answer.code)
+
+    def __call__(self, job: Job) -> Outcome:
+        try:
+            return self.run(job)
+        except (Exception, KeyboardInterrupt) as error:
+            return _failed(error)
+
+
+def _multirun(composer: Composer, runner: Runner) -> Outcome:
+    """Every job of a sweep; the first that fails ends it unless keep_going says otherwise."""
+    jobs = composer.jobs()
+    if jobs is None:
+        return _merged([((), outcome) for outcome in composer.launch(runner)])
+    done: list[tuple[tuple[str, ...], Outcome]] = []
+    for number, job in enumerate(jobs, start=1):
+        if not runner.quiet:
+            sys.stderr.write(f"[{number}/{len(jobs)}] {' '.join(job.overrides)}\n")
+        outcome = runner(job)
+        done.append((job.overrides, outcome))
+        if outcome.code and not (job.config.keep_going and outcome.code != Interrupted.exit_code):
+            break
+    return _merged(done)
+
+
+def _merged(done: list[tuple[tuple[str, ...], Outcome]]) -> Outcome:
+    """Outcomes of a sweep as one: the exit code is that of the first failure."""
+    jobs = [{"overrides": list(words), "exit_code": o.code, **_member(o)} for words, o in done]
+    text = "\n".join(f"{' '.join(words)}\n{outcome.text}" for words, outcome in done)
+    code = next((outcome.code for _, outcome in done if outcome.code), 0)
+    return Outcome({"jobs": jobs}, text, code)
+
+
+def _member(outcome: Outcome) -> dict[str, Any]:
+    return dict(outcome.document) if "error" in outcome.document else {"result": outcome.document}
+
+
+def _record(
+    argv: list[str], cwd: Path, job: Job, composer: Composer, outcome: Outcome, json_wanted: bool, began: int
+) -> None:
+    """Let the same command be answered without Hydra next time, if that can be told from file stats alone."""
+    inputs = None if job.volatile or outcome.code else nullbuild.inputs(job.config, composer.folders)
+    if inputs is None:
+        return
+    document = nullbuild.as_null(outcome.document)
+    text = json.dumps(document, indent=2) + "\n" if json_wanted else render.result(document)
+    fastpath.record(argv, str(cwd), inputs, nullbuild.outputs(document), text, began)
+
+
+def _completion(composer: Composer, request: str) -> Outcome:
+    """``-sc install=bash``, ``-sc query=bash``: Hydra's protocol, with our verbs at the first word."""
+    action, _, shell = request.partition("=")
+    if action not in ("install", "uninstall", "query") or shell not in ("bash", "fish", "zsh"):
+        fact = f"{request!r} is not understood"
+        raise ConfigError("--shell-completion", fact, 'eval "$(qbuild -sc install=bash)"; shells: bash, zsh, fish')
+    if action != "query":
+        compose.completion_script(composer, action, shell)
+        return Outcome({}, "", 0)
+    words = machine.environ().get("COMP_LINE", "").partition(" ")[2].lstrip()
+    first, blank, rest = words.partition(" ")
+    if first in VERBS and blank:
+        found = compose.complete(composer, shell, rest.lstrip())
+    else:
+        found = compose.complete(composer, shell, words)
+        if not blank:
+            found = [verb for verb in VERBS if verb.startswith(first)] + found
+    return Outcome({"completions": found}, ("\n" if shell == "fish" else " ").join(found) + "\n", 0)
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:<8} {verb.about}" for name, verb in VERBS.items())
+    return HELP.format(verbs=verbs)
+
+
+HELP = """\
+qbuild: make for quantized language models
+
+  qbuild [COMMAND] [+recipe=NAME] [key=value ...] [-m]
+
+commands
+{verbs}
+
+examples
+  qbuild model.source=./my-model target=gguf/q4_k_m
+  qbuild plan +recipe=llama7b_q4 budget.ram=8GiB
+  qbuild info meta-llama/Llama-2-7b-hf
+  qbuild model.source=m.gguf 'target=[gguf/q4_k_m,gguf/q8_0]' targets.q8_0.pure=true
+  qbuild -m +recipe=tiny_q4 target=gguf/q4_k_m,gguf/q5_k_m
+
+options
+  -n          only say what would be done (build, gc)
+  -j N        N threads (budget.threads=N)
+  -k          keep going after a failure
+  -B          make everything again
+  -m          multirun: every combination of the comma-separated values
+  --cfg job   print the configuration with every key, and stop
+  --info      how it was composed: [all|config|defaults|defaults-tree|plugins|searchpath]
+  -cd FOLDER  look for configuration in FOLDER first
+  --version, --hydra-help, -sc install=bash (tab completion: eval "$(...)")
+
+keys
+  model.source   folder of safetensors, Hub id, FILE.gguf, or pkg://package/file
+  target         gguf/q4_k_m and so on; its settings are in targets.q4_k_m
+  out            folder of the results (outputs/<model name>)
+  budget.ram, .vram, .disk, .threads      a size such as 16GiB, or auto
+  store.dir, format=json, offline=true    all others: qbuild --cfg job
+
+Recipes and configuration: ./recipes and ./conf first, then qbuild's own.
+Exit codes: 0 done, 1 an action failed, 2 usage, 3 refused by the budget,
+4 the input is missing, damaged or not supported, 130 interrupted.
+"""

@@ -1,0 +1,54 @@
+"""Which files a build depended on, so that the same command can be answered from its record next time."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qbuild import fastpath, schema
+
+__all__ = ["as_null", "inputs", "outputs"]
+
+
+def inputs(config: schema.Config, folders: tuple[Path, ...]) -> list[Path] | None:
+    """Configuration and source files; None where a file's stat cannot tell that nothing changed (a model on the Hub)."""
+    source = _source(config.model.source or "")
+    if source is None or config.rebuild:
+        return None
+    found = [Path(path) for folder in folders for path in fastpath.tree(str(folder))]
+    imatrices = [getattr(target, "imatrix", None) for target in config.targets.values()]
+    return found + source + [Path(path) for path in imatrices if path]
+
+
+def _source(source: str) -> list[Path] | None:
+    if source.startswith("pkg://"):
+        package, _, inside = source.removeprefix("pkg://").partition("/")
+        spec = importlib.util.find_spec(package)
+        roots = list(spec.submodule_search_locations or []) if spec else []
+        return [Path(roots[0]) / inside] if roots else None
+    path = Path(source)
+    if path.is_dir():
+        return [path, *sorted(path.iterdir())]
+    if not path.is_file():
+        return None
+    split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    return sorted(path.parent.glob(f"{split[1]}-*-of-{split[2]}.gguf")) if split else [path]
+
+
+def outputs(document: Mapping[str, Any]) -> list[Path]:
+    paths = [Path(target["path"]) for target in document["targets"].values()]
+    return [*paths, *sorted({path.parent / "build.json" for path in paths})]
+
+
+def as_null(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document that the next build would make if nothing changes: all of it was there."""
+    targets = {
+        name: target
+        | {"verdicts": {"hit": sum(target["verdicts"].values())}, "seconds": 0.0, "peak_ram": 0, "predicted_ram": 0}
+        for name, target in document["targets"].items()
+    }
+    totals = {key: {} if isinstance(value, dict) else type(value)() for key, value in document["totals"].items()}
+    return {**document, "targets": targets, "totals": totals} | ({"jobs": []} if "jobs" in document else {})

@@ -1,0 +1,151 @@
+"""The commands: one function each, in a literal table. Each turns a request into an answer; none prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qbuild import execute, inspection, plan, render, schema
+from qbuild.budget import parse_size
+from qbuild.errors import InputError
+from qbuild.progress import Sink
+from qbuild.store import Store
+
+__all__ = ["VERBS", "Answer", "Request", "Verb"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """``words`` stood beside the verb; ``dry_run`` is -n."""
+
+    config: schema.Config
+    words: tuple[str, ...]
+    dry_run: bool
+    sink: Sink
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``document`` is what ``format=json`` prints, ``text`` what people read."""
+
+    document: Mapping[str, Any]
+    text: str
+    code: int = 0
+
+
+@dataclass(frozen=True)
+class Verb:
+    run: Callable[[Request], Answer]
+    about: str
+    words: int = 0  # how many it takes beside overrides
+
+
+def build(request: Request) -> Answer:
+    if request.dry_run:
+        return planned(request)
+    document = execute.build(request.config, request.sink)
+    return Answer(document, render.result(document))
+
+
+def planned(request: Request) -> Answer:
+    document = plan.make(request.config, fetch=False).to_json()
+    return Answer(document, render.plan(document))
+
+
+def info(request: Request) -> Answer:
+    config = request.config
+    if request.words:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, source=request.words[0]))
+    document = inspection.info(config)
+    return Answer(document, inspection.info_text(document) + "\n")
+
+
+def explain(request: Request) -> Answer:
+    found = inspection.explain(plan.make(request.config, fetch=False), list(request.words))
+    return Answer({"actions": found}, inspection.explain_text(found) + "\n")
+
+
+def graph(request: Request) -> Answer:
+    style = request.config.graph.format
+    text = inspection.graph(plan.make(request.config, fetch=False), style)
+    return Answer({"format": style, "graph": text}, text + "\n")
+
+
+def status(request: Request) -> Answer:
+    store = _store(request)
+    outputs = [
+        {
+            "path": str(row.path),
+            "target": row.target,
+            "digest": str(row.digest),
+            "bytes": row.digest.size,
+            "state": _state(store, row.path, row),
+        }
+        for row in store.outputs()
+    ]
+    document = {"store": {"dir": str(store.root)} | dataclasses.asdict(store.stats()), "outputs": outputs}
+    return Answer(document, render.status(document))
+
+
+def _state(store: Store, path: Path, row: Any) -> str:
+    if not path.exists():
+        return "missing"
+    return "current" if store.output_current(path, row.digest) else "changed"
+
+
+def verify(request: Request) -> Answer:
+    store = _store(request)
+    problems = [
+        {"place": str(p.path), "kind": p.kind, "where": p.where, "digest": str(p.digest), "fact": p.fact}
+        for p in store.verify()
+    ]
+    document = {"store": str(store.root), "problems": problems}
+    return Answer(document, render.verified(document), code=1 if problems else 0)
+
+
+def gc(request: Request) -> Answer:
+    limit = request.config.store.limit
+    report = _store(request).gc(
+        limit=None if limit is None else parse_size(limit, "store.limit"), dry_run=request.dry_run
+    )
+    items = [{"path": str(i.path), "bytes": i.size, "frees": i.frees, "why": i.why} for i in report.items]
+    document = {"dry_run": report.dry_run, "freed": report.freed, "kept": report.kept, "items": items}
+    return Answer(document, render.collected(document))
+
+
+def report(request: Request) -> Answer:
+    """What the builds below ``out`` (or ./outputs) left in their build.json."""
+    out = request.config.out
+    folders = [Path(out)] if out else sorted(p.parent for p in Path("outputs").glob("*/build.json"))
+    builds = {}
+    for folder in folders:
+        path = folder / "build.json"
+        try:
+            builds[str(folder)] = json.loads(path.read_text())
+        except OSError as error:
+            raise InputError(str(path), f"cannot be read: {error.strerror}", "name a build's folder: out=DIRECTORY") from None
+        except ValueError:
+            raise InputError(str(path), "is not JSON", "build again to write it anew") from None
+    text = "\n".join(f"{folder}\n{render.result(document)}" for folder, document in builds.items())
+    return Answer({"builds": builds}, text or "no build.json below ./outputs; name a build's folder: out=DIRECTORY\n")
+
+
+def _store(request: Request) -> Store:
+    return Store(plan.store_dir(request.config))
+
+
+VERBS: dict[str, Verb] = {
+    "build": Verb(build, "make what is missing (the default)"),
+    "plan": Verb(planned, "say what a build would do, what it needs and whether it fits"),
+    "info": Verb(info, "what a model is and what every file type of it would weigh", words=1),
+    "explain": Verb(explain, "why a target or tensor is stored or will be made", words=1),
+    "status": Verb(status, "the outputs that were made and the store"),
+    "verify": Verb(verify, "hash the store and the outputs again; damage is dropped and rebuilt"),
+    "graph": Verb(graph, "the graph as a tree, or graph.format=dot|mermaid"),
+    "gc": Verb(gc, "free what no output needs; -n only says what"),
+    "report": Verb(report, "what past builds made, from their build.json"),
+}

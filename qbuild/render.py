@@ -1,0 +1,131 @@
+"""Documents (the values that ``format=json`` prints) as text for people: at most 80 columns wherever the facts allow.
+
+Only what is in a document is shown, so the two outputs cannot tell different stories.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qbuild.budget import format_size
+from qbuild.progress import duration
+
+__all__ = ["collected", "error", "plan", "result", "status", "table", "verified"]
+
+WIDTH = 80
+Document = Mapping[str, Any]
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Columns two blanks apart, the first ``left`` of them aligned to the left, the rest to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def plan(document: Document) -> str:
+    """What a build would do: sizes and types of each target, verdicts, what it needs of the budget."""
+    model, targets, needs, budget = (document[k] for k in ("model", "targets", "predicted", "budget"))
+    lines = [f"plan for {model['name']} from {model['source']}", ""]
+    rows = [["target", "size", "bits", "tensors", "hit", "run", "unknown"]]
+    for name, target in targets.items():
+        counts = target["verdicts"]
+        size = ("" if target["exact"] else "~") + format_size(target["bytes"])
+        tally = [str(counts.get(state, 0)) for state in ("hit", "run", "unknown")]
+        rows.append([name, size, f"{target['bits_per_weight']:.2f}", str(sum(counts.values())), *tally])
+    head, *body = table(rows)
+    lines.append(head)
+    for line, target in zip(body, targets.values(), strict=True):
+        state = target["verdict"]["state"]
+        lines += [line, *_types(target["types"]), f"  {_short(target['path'])}: {state}, {target['verdict']['why']}"]
+        if state == "hit":
+            lines[-1] = f"  {_short(target['path'])}: stored"
+    lines.append("")
+    if all(target["verdict"]["state"] == "hit" for target in targets.values()):
+        return _text([*lines, "nothing to do"])
+    rows = [["", "needs", "budget"], ["RAM", format_size(needs["ram"]), format_size(budget["ram"])]]
+    if needs["vram"]:
+        rows.append(["VRAM", format_size(needs["vram"]), format_size(budget["vram"])])
+    rows.append(["disk", format_size(needs["disk"]), format_size(budget["disk"])])
+    rows.append(["threads", str(document["strategy"]["threads"]), str(budget["threads"])])
+    time = f", about {duration(needs['seconds'])}" if needs["seconds"] is not None else ""
+    return _text([*lines, *table(rows), "", f"reads {format_size(needs['read_bytes'])}{time}"])
+
+
+def _types(types: Mapping[str, Sequence[int]]) -> list[str]:
+    """Bytes per tensor type, largest first."""
+    ordered = sorted(types.items(), key=lambda item: -item[1][1])
+    facts = [f"{name} {format_size(nbytes)} in {tensors}" for name, (tensors, nbytes) in ordered]
+    return textwrap.wrap(", ".join(facts), WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+
+def result(document: Document) -> str:
+    """What a build did."""
+    targets, totals = document["targets"], document["totals"]
+    rows = [["target", "size", "bits", "computed", "reused", "seconds", "RAM peak", "predicted"]]
+    for name, target in targets.items():
+        counts = target["verdicts"]
+        ran = counts.get("run", 0) > 0
+        ram = [format_size(target[key]) if ran else "-" for key in ("peak_ram", "predicted_ram")]
+        seconds = f"{target['seconds']:.1f}" if ran else "-"
+        tally = [str(counts.get("run", 0)), str(counts.get("hit", 0))]
+        bits = f"{target['bits_per_weight']:.2f}"
+        rows.append([name, format_size(target["bytes"]), bits, *tally, seconds, *ram])
+    lines = [*table(rows), "", *(f"{_short(target['path'])}" for target in targets.values()), ""]
+    if not totals["computed"] and not any(t["verdicts"].get("run") for t in targets.values()):
+        return _text([*lines, "nothing to do"])
+    moved = f"read {format_size(totals['read_bytes'])}, wrote {format_size(totals['written_bytes'])}"
+    return _text([*lines, f"done in {duration(totals['wall_seconds'])}: {moved}"])
+
+
+def error(document: Document) -> str:
+    """Place, fact and remedy of an error document."""
+    head = f"{document['place']}: {document['fact']}" if document["place"] else document["fact"]
+    lines = [f"qbuild: {head}"]
+    for line in document["remedy"].splitlines():
+        lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False) or [""]
+    return _text(lines)
+
+
+def status(document: Document) -> str:
+    """Outputs and how they stand, then the store."""
+    store, outputs = document["store"], document["outputs"]
+    rows = [["output", "target", "state", "size"]]
+    rows += [[_short(o["path"]), o["target"], o["state"], format_size(o["bytes"])] for o in outputs]
+    lines = table(rows, left=3) if outputs else ["no outputs yet"]
+    kept = f"{store['blobs']} files, {format_size(store['blob_bytes'])}"
+    unfinished = f", {store['partials']} unfinished, {format_size(store['partial_bytes'])}" if store["partials"] else ""
+    return _text([*lines, "", f"store {_short(store['dir'])}: {kept}{unfinished}"])
+
+
+def verified(document: Document) -> str:
+    problems = document["problems"]
+    if not problems:
+        return f"{document['store']}: everything is as it was written\n"
+    lines = [f"{p['place']}: {p['where']} is {p['kind']}: {p['fact']}" for p in problems]
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return _text([*lines, "", f"{count}; what is damaged is dropped, and the next build makes it again"])
+
+
+def collected(document: Document) -> str:
+    """What gc freed, or would free."""
+    lines = [f"{format_size(item['frees']):>10}  {_short(item['path'])}: {item['why']}" for item in document["items"]]
+    verb = "would free" if document["dry_run"] else "freed"
+    return _text([*lines, f"{verb} {format_size(document['freed'])}, {format_size(document['kept'])} stay"])
+
+
+def _short(path: str) -> str:
+    """Relative to the working folder where that is shorter."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(path) else str(Path(path))
+
+
+def _text(lines: Iterable[str]) -> str:
+    return "\n".join(lines) + "\n"
