@@ -25,6 +25,8 @@ from qbuild.recipe import FileTarget
 
 __all__ = ["build"]
 
+MEASURABLE = 1 << 20  # weights: fewer say nothing about a rate
+
 
 def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
     """Make everything the configuration asks for; returns the content of ``build.json``."""
@@ -76,7 +78,7 @@ class _Build:
         self.judge = Judge(made.resolved, made.store, rebuild=False)
         self.results: dict[str, dict[str, Any]] = {}
         self.totals: dict[str, Any] = {"computed": 0, "reused": 0, "read_bytes": 0, "written_bytes": 0, "seconds": {}}
-        self.peak = 0
+        self.jobs: dict[str, dict[str, Any]] = {}
 
     def all(self) -> None:
         self.judge.verdicts = dict(self.plan.verdicts)
@@ -95,10 +97,9 @@ class _Build:
         """Put a stored file in place, verified; False (and forgotten) when it is damaged."""
         target = next(t for t in self.plan.targets if t.name == name)
         digest = target.verdict.outputs[0]
-        if not self.store.output_current(target.path, digest):
-            if not self.store.check_blob(digest):
-                return False
-            self._link(target.path, digest, name)
+        if not self.store.check_blob(digest):
+            return False
+        self._link(target.path, digest, name)
         counts = {"hit": len(self._target(name).tensors)}
         self.results[name] = self._result(name, digest, counts, 0.0)
         return True
@@ -111,17 +112,20 @@ class _Build:
 
     def _job(self, kind: str, label: str, task: Any, predicted: int) -> worker.Done:
         limit = max(0, self.plan.budget.ram - PARENT_RAM)
-        store = self.store.root if kind == "gguf.pass" else None
-        done = worker.run(worker.Job(kind, label, task, store, predicted, limit), self._event)
-        self.peak = max(self.peak, done.peak)
+        done = worker.run(worker.Job(kind, label, task, self.store.root, predicted, limit), self._event)
+        self.jobs[label] = {"predicted_ram": predicted, "peak_ram": done.peak, "seconds": round(done.seconds, 3)}
         return done
+
+    @property
+    def peak(self) -> int:
+        """Peak of the whole build: its largest worker, and this process beside it."""
+        return max((job["peak_ram"] for job in self.jobs.values()), default=0) + machine.process_rss(os.getpid())
 
     def _metadata(self) -> None:
         if self.resolved.checkpoint.kind == "gguf" or self.judge.verdicts["metadata"].outputs:
             return
         action = self.resolved.graph.actions["metadata"]
-        digests, missing = self.judge.inputs(action)
-        assert not missing, missing
+        digests, _ = self.judge.inputs(action)
         key = action_key(plan.manifest_parts(action, digests))
         with self.store.lock(key):
             result = None if self.resolved.config.rebuild else self.cache.get(key)
@@ -135,7 +139,9 @@ class _Build:
 
     def _warm(self, todo: list[FileTarget]) -> None:
         """Compile what has not been compiled on this machine, in a process of its own."""
-        types = {action.params.type for t in todo for action in map(self.resolved.graph.actions.get, t.tensors) if action}
+        types = {
+            action.params.type for t in todo for action in map(self.resolved.graph.actions.get, t.tensors) if action
+        }
         dtypes = {t.dtype for t in self.resolved.checkpoint.tensors.values()}
         stored = {spec.stored for t in todo for spec, _ in t.choices}
         task = warm.Task(tuple(sorted(types)), tuple(sorted(dtypes | stored)))
@@ -148,8 +154,7 @@ class _Build:
     def _pass(self, todo: list[FileTarget]) -> None:
         wanted = []
         for target in todo:
-            kvs = self.judge.kvs(target)
-            assert kvs is not None
+            kvs = self.judge.kvs(target) or []
             wanted.append(Wanted(target, layout(target, sum(len(kv.raw) for kv in kvs)), header(target, kvs)))
         actions = [self.resolved.graph.actions[a] for t in todo for a in t.tensors]
         sources = {i for a in actions for _, i in a.inputs if isinstance(i, Source)}
@@ -168,14 +173,17 @@ class _Build:
     def _finish(self, files: list[stream.FileResult], tally: stream.Tally, done: worker.Done) -> None:
         for name in ("computed", "reused", "read_bytes", "written_bytes", "seconds"):
             self.totals[name] = getattr(tally, name)
+        for type_, (weights, seconds) in tally.encoded.items():
+            if weights > MEASURABLE:
+                self.cache.note_rate(f"encode {type_}", weights / max(seconds, 1e-6))
         judge = Judge(self.resolved, self.store, rebuild=False)
         judge.all()
         self.judge = judge
         for made in files:
             verdict = judge.verdicts[f"file:{made.target}"]
-            assert verdict.key is not None, verdict
-            result = ActionResult(file.KIND, (made.digest,), done.seconds, done.peak)
-            self.cache.put(verdict.key, result)
+            if verdict.key is None:
+                raise RuntimeError(f"BUG: {made.target} was made but its key is unknown: {verdict.why}")
+            self.cache.put(verdict.key, ActionResult(file.KIND, (made.digest,), done.seconds, done.peak))
             target = next(t for t in self.plan.targets if t.name == made.target)
             self._link(target.path, made.digest, made.target)
             counts = {"hit": made.reused, "run": made.computed}
@@ -191,7 +199,7 @@ class _Build:
             "bits_per_weight": round(8 * digest.size / target.weights, 4),
             "verdicts": {k: v for k, v in counts.items() if v},
             "seconds": round(seconds, 3),
-            "peak_ram": self.peak + machine.process_rss(os.getpid()) if ran else 0,
+            "peak_ram": self.peak if ran else 0,
             "predicted_ram": self.plan.footprint.ram if ran else 0,
         }
 
@@ -239,6 +247,7 @@ class _Build:
             },
             "targets": {t.name: self.results[t.name] for t in self.plan.targets},
             "totals": self.totals | {"wall_seconds": round(seconds, 3)},
+            "jobs": self.jobs,
             "versions": {"qbuild": qbuild.__version__} | dict(plan.versions()),
         }
         path = self.plan.out / "build.json"
@@ -273,4 +282,6 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
         beside.write_text(json.dumps(document, indent=2) + "\n")
         beside.replace(path)
     except OSError as error:
-        raise ConfigError(str(path), f"cannot be written: {error.strerror}", "choose another folder: out=DIRECTORY") from None
+        raise ConfigError(
+            str(path), f"cannot be written: {error.strerror}", "choose another folder: out=DIRECTORY"
+        ) from None

@@ -101,7 +101,9 @@ def predict_ram(task: stream.PassTask) -> int:
     """Peak bytes of the worker that runs ``task``."""
     slot, scratch = stream.slot_bytes(task)
     headers = sum(len(o.header) for o in task.outputs)
-    return WORKER_RAM + stream.slots(task) * slot + task.threads * scratch + len(task.tensors) * TENSOR_RAM + 3 * headers
+    return (
+        WORKER_RAM + stream.slots(task) * slot + task.threads * scratch + len(task.tensors) * TENSOR_RAM + 3 * headers
+    )
 
 
 def choose_strategy(resolved: Resolved, wanted: list[Wanted], budget: Budget) -> tuple[Strategy, int]:

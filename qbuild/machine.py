@@ -1,14 +1,15 @@
-"""What this machine has, and the only place that reads the environment. Nothing is read at import."""
+"""What this machine has, and the only place that reads the environment. Nothing is read at import.
+
+The null build imports this: what costs time to load (pathlib, dataclasses) is not loaded for it.
+"""
 
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = [
     "Machine",
@@ -17,7 +18,9 @@ __all__ = [
     "disk_free",
     "environ",
     "inspect",
+    "full_hydra_errors",
     "memory_limit",
+    "null_record",
     "peak_rss",
     "process_rss",
     "worker_environ",
@@ -34,6 +37,16 @@ def cache_dir() -> Path:
     """The user's cache folder for qbuild: ``$XDG_CACHE_HOME/qbuild``, else ``~/.cache/qbuild``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base or os.path.expanduser("~/.cache")) / "qbuild"
+
+
+def null_record(name: str) -> str:
+    """Where the answer of a null build is remembered."""
+    return str(cache_dir() / "null" / f"{name}.json")
+
+
+def full_hydra_errors() -> None:
+    """Make Hydra raise its errors to us instead of printing them and exiting."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
 def worker_environ(package_root: Path) -> dict[str, str]:
@@ -102,7 +115,8 @@ def disk_free(path: Path) -> int:
     """Bytes free for us on the file system that holds ``path`` (or its nearest parent that exists)."""
     while not path.exists() and path != path.parent:
         path = path.parent
-    return shutil.disk_usage(path).free
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
 
 
 def process_rss(pid: int) -> int:
@@ -127,8 +141,7 @@ def peak_rss(usage_maxrss: int) -> int:
     return usage_maxrss if sys.platform == "darwin" else usage_maxrss * 1024
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """A reading of the machine, taken once and passed as a value."""
 
     cores: int
@@ -137,4 +150,4 @@ class Machine:
 
 
 def inspect() -> Machine:
-    return Machine(cpu_count(), memory_limit(), platform.machine())
+    return Machine(cpu_count(), memory_limit(), os.uname().machine)

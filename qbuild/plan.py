@@ -37,6 +37,7 @@ TYPICAL_RATE = {"F32": 2e9, "F16": 1e9, "BF16": 2e9, "Q8_0": 5e8, "Q2_K": 1.2e8,
 
 SALTS = {tensor.KIND: tensor.SALT, file.KIND: file.SALT, metadata.KIND: metadata.SALT}
 
+
 @dataclass(frozen=True)
 class Verdict:
     """``hit``: a result is stored. ``run``: it will be made. ``unknown``: the source must be hashed first."""
@@ -230,7 +231,7 @@ class Judge:
 
     def rate(self, type_: str) -> float:
         """Weights a second one thread encodes to ``type_``: measured on this machine, else typical."""
-        return self.store.rate(f"encode {type_}") or TYPICAL_RATE.get(type_, 100e6)
+        return self.cache.rate(f"encode {type_}") or TYPICAL_RATE.get(type_, 100e6)
 
     def _hinted(self, action: Action) -> bool:
         """Results exist that hashing may turn into hits."""
@@ -241,45 +242,6 @@ class Judge:
             nbytes = sum(i.nbytes for _, i in action.inputs if isinstance(i, Source))
             return self.cache.has_hint(stream.hint_of(name, nbytes, type_))
         return any(self.verdicts[before].state == "unknown" for before in self.resolved.graph.reads(action.id))
-
-
-def make(config: schema.Config, *, fetch: bool) -> Plan:
-    """The plan of a configuration. Raises BudgetRefused when it can never fit."""
-    resolved = resolve(config, fetch=fetch)
-    store = Store(store_dir(config), link=config.store.link)
-    judge = Judge(resolved, store, config.rebuild)
-    verdicts = judge.all()
-    budget = resolve_budget(config, store.root, out_dir(resolved))
-    todo = [t for t in resolved.targets if verdicts[t.action].state != "hit"]
-    task = shape_of_pass(resolved, todo, verdicts)
-    strategy, ram = choose_strategy(task, budget)
-    read = sum(t.nbytes for t in task.tensors)
-    targets = [_target_plan(resolved, store, verdicts, t, strategy) for t in resolved.targets]
-    disk = sum(t.bytes for t in targets if t.verdict.state != "hit")
-    footprint = Footprint(ram=ram if todo else 0, disk=disk * (2 if config.store.link == "copy" else 1))
-    _check_disk(config, footprint, budget, targets)
-    return Plan(resolved, store, budget, out_dir(resolved), verdicts, targets, strategy, footprint, read)
-
-
-def store_dir(config: schema.Config) -> Path:
-    return Path(config.store.dir).expanduser() if config.store.dir else machine.cache_dir() / "store"
-
-
-def out_dir(resolved: Resolved) -> Path:
-    return Path(resolved.config.out or f"outputs/{resolved.name}").expanduser().absolute()
-
-
-def resolve_budget(config: schema.Config, store: Path, out: Path) -> Budget:
-    """``auto`` becomes what this machine has: the least of physical, cgroup and available memory; free disk; cores."""
-    wanted, here = config.budget, machine.inspect()
-
-    def size(name: str, value: str | int, auto: int) -> int:
-        return auto if value == "auto" else parse_size(value, f"budget.{name}")
-
-    threads = here.cores if wanted.threads == "auto" else int(wanted.threads)
-    disk = min(machine.disk_free(store), machine.disk_free(out))
-    return Budget(size("ram", wanted.ram, here.memory), size("vram", wanted.vram, 0), size("disk", wanted.disk, disk), threads)
-
 
 
 def store_dir(config: schema.Config) -> Path:

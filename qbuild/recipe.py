@@ -12,11 +12,12 @@ from qbuild import schema
 from qbuild.actions import file, metadata, tensor
 from qbuild.arch import convert, mix
 from qbuild.arch.convert import ModelFacts, TensorSpec
-from qbuild.checkpoint import Checkpoint, open_source, shapes
+from qbuild.checkpoint import Checkpoint, shapes
 from qbuild.digest import digest_bytes
 from qbuild.errors import ConfigError, InputError
 from qbuild.ggml import FILE_TYPES, QTYPES, FileType
 from qbuild.graph import Action, Graph, Input, Source
+from qbuild.source import open_source
 
 __all__ = ["FileTarget", "Resolved", "model_name", "open_model", "resolve"]
 
@@ -91,7 +92,9 @@ def resolve(config: schema.Config, *, fetch: bool) -> Resolved:
     builder = _Builder(config, checkpoint)
     targets = tuple(builder.file_target(name, target) for name, target in config.targets.items())
     _check_names(targets)
-    return Resolved(config, checkpoint, builder.facts, builder.name, builder.graph, targets, {s.name: s for s in builder.specs})
+    return Resolved(
+        config, checkpoint, builder.facts, builder.name, builder.graph, targets, {s.name: s for s in builder.specs}
+    )
 
 
 def _check_names(targets: tuple[FileTarget, ...]) -> None:

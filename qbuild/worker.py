@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from qbuild import errors, machine
-from qbuild.actions import stream, warm
 from qbuild.actions import metadata as metadata_action
+from qbuild.actions import stream, warm
 from qbuild.budget import format_size
 from qbuild.errors import ActionFailed, Interrupted, QbuildError
 from qbuild.store import Store
@@ -42,7 +42,7 @@ class Job:
     kind: str
     label: str
     task: Any
-    store: Path | None
+    store: Path
     predicted: int
     limit: int
 
@@ -144,13 +144,14 @@ class _Watch:
 
 
 def _run_pass(job: Job, emit: Emit) -> Any:
-    assert job.store is not None
     task = stream.Pass(job.task, Store(job.store), emit)
     files = task.run()
     return files, task.tally
 
 
 def _run_metadata(job: Job, emit: Emit) -> bytes:
+    # transformers loads torch wherever it is installed: 170 MB and two seconds that tokenizers and configs do not need.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     return metadata_action.run(job.task)
 
 

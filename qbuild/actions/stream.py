@@ -17,18 +17,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from qbuild.actions import tensor
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.checkpoint import Reader, SourceFile
-from qbuild.digest import Digest, Hasher
+from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import InputError
 from qbuild.ggml import QTYPES
 from qbuild.manifest import action_key, walk
-from qbuild.store import Partial, Store
+from qbuild.store import Location, Partial, Store
 
 ALIGNMENT = 32
 
@@ -59,7 +58,6 @@ class TensorTask:
 
     name: str
     pieces: tuple[Piece, ...]
-    rows: int
     unit_rows: int
     wants: tuple[Want, ...]
     hinted: bool
@@ -97,6 +95,12 @@ class Tally:
     read_bytes: int = 0
     written_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    encoded: dict[str, tuple[int, float]] = field(default_factory=dict)  # type -> (weights, seconds of one thread)
+
+    def encode(self, type_: str, weights: int, seconds: float) -> None:
+        self.seconds["encode"] += seconds
+        before = self.encoded.get(type_, (0, 0.0))
+        self.encoded[type_] = (before[0] + weights, before[1] + seconds)
 
 
 STAGES = ("read", "hash", "encode", "write", "wait_slot", "wait_encode")
@@ -221,12 +225,11 @@ class Pass:
         for _ in range(slots(self.task)):
             self.free.put(_Slot(size))
         with ExitStack() as stack:
-            for index, output in enumerate(self.task.outputs):
-                name = Hasher()
-                name.update(output.header)
-                partial = stack.enter_context(self.store.partial(name.digest().hash, output.size))
-                self.outputs.append(_OutputFile(output, partial))
-                self.outputs[index].write(0, memoryview(output.header))
+            wanted = [(digest_bytes(o.header).hash, o.size) for o in self.task.outputs]
+            partials = stack.enter_context(self.store.partials(wanted))
+            self.outputs = [_OutputFile(o, p) for o, p in zip(self.task.outputs, partials, strict=True)]
+            for output in self.outputs:
+                output.write(0, memoryview(output.task.header))
             reader = stack.enter_context(Reader(self.task.files))
             self._stream(reader)
             self.tally.read_bytes = reader.bytes_read
@@ -252,14 +255,14 @@ class Pass:
     # reader side -----------------------------------------------------------------------------------------------------
 
     def _one(self, task: TensorTask, reader: Reader, pool: ThreadPoolExecutor) -> None:
-        digests = [p.digest if p.data is None else _digest(p.data) for p in task.pieces]
+        digests = [p.digest if p.data is None else digest_bytes(p.data) for p in task.pieces]
         if task.hinted and None in digests:
             digests = [d or self._hash_piece(p, reader) for p, d in zip(task.pieces, digests, strict=True)]
         locks = ExitStack()
         try:
             for want in task.wants:
                 locks.enter_context(self.store.lock(self._lock_name(task, want), on_wait=self._waiting))
-            todo = [w for w in task.wants if None in digests or not self._reuse(task, w, digests)]
+            todo = [w for w in task.wants if None in digests or not self._reuse(w, digests)]
             if not todo:
                 locks.close()
                 self._progress(task, 1, task.nbytes)
@@ -303,7 +306,7 @@ class Pass:
     def _lock_name(self, task: TensorTask, want: Want) -> str:
         """Named by place, not by content: two builds that start cold do not know the digests yet."""
         places = tuple((str(self.task.files[p.file].path), p.offset, p.nbytes) for p in task.pieces if p.data is None)
-        return _digest(repr((places, task.name if not places else "", want.params)).encode()).hash
+        return digest_bytes(repr((places, task.name if not places else "", want.params)).encode()).hash
 
     def _waiting(self) -> None:
         self.emit({"event": "message", "level": "info", "text": "waiting for another build that makes the same tensor"})
@@ -352,19 +355,21 @@ class Pass:
 
     # compute ---------------------------------------------------------------------------------------------------------
 
-    def _encode(self, chunk: _Chunk, params: list[tensor.Params]) -> float:
-        began = time.monotonic()
+    def _encode(self, chunk: _Chunk, params: list[tensor.Params]) -> list[tuple[str, int, float]]:
+        times = []
         for want, out in zip(params, chunk.outs, strict=True):
+            began = time.monotonic()
             try:
                 tensor.encode(chunk.raw, want, out)
             except tensor.BadWeights as bad:
                 at = f" in row {chunk.row + bad.row}" if bad.row is not None else ""
                 raise InputError(chunk.task.pieces[0].name, bad.fact + at, bad.remedy) from None
-        return time.monotonic() - began
+            times.append((want.type, chunk.rows * want.cols, time.monotonic() - began))
+        return times
 
     # reuse -----------------------------------------------------------------------------------------------------------
 
-    def _reuse(self, task: TensorTask, want: Want, digests: list[Digest]) -> bool:
+    def _reuse(self, want: Want, digests: list[Digest]) -> bool:
         """Put a cached tensor in its places, verified byte for byte; False where it must be computed."""
         if self.task.recompute:
             return False
@@ -373,7 +378,7 @@ class Pass:
             return False
         digest = result.outputs[0]
         for index, offset in want.places:
-            if not self._copy(digest, self.outputs[index], offset):
+            if not self._place(digest, self.outputs[index], offset):
                 return False
         for index, offset in want.places:
             self.outputs[index].finish_tensor(offset, digest.size, digest)
@@ -381,11 +386,17 @@ class Pass:
         self.tally.reused += 1
         return True
 
-    def _copy(self, digest: Digest, output: _OutputFile, offset: int) -> bool:
-        place = self.store.locate(digest)
-        if place is None:
-            return False
-        in_place = place.path == output.partial.path and place.offset == offset
+    def _place(self, digest: Digest, output: _OutputFile, offset: int) -> bool:
+        """Bring the bytes of ``digest`` to ``offset`` of an output, or find them there; False where none are right."""
+        at = (output.partial.path, offset)
+        while (place := self.store.locate(digest, at)) is not None:
+            if self._copy(place, digest, None if (place.path, place.offset) == at else output, offset):
+                return True
+            self.store.forget(place, digest)
+        return False
+
+    def _copy(self, place: Location, digest: Digest, output: _OutputFile | None, offset: int) -> bool:
+        """Read a slice, verify it, and (unless it is in its place already) write it. A place that is gone is no match."""
         hasher, slot = Hasher(), self.free.get()
         try:
             view = memoryview(slot.buffer)
@@ -394,13 +405,10 @@ class Pass:
                 if not self.store.read_slice(place, start, part):
                     return False
                 hasher.update(part)
-                if not in_place:
+                if output is not None:
                     output.partial.write_at(offset + start, part)
                     self.tally.written_bytes += len(part)
-            if hasher.digest() != digest:
-                self.store.forget(place, digest)
-                return False
-            return True
+            return hasher.digest() == digest
         finally:
             self.free.put(slot)
 
@@ -414,7 +422,8 @@ class Pass:
                 return
             work, chunk, future = item
             try:
-                self.tally.seconds["encode"] += future.result()
+                for type_, weights, seconds in future.result():
+                    self.tally.encode(type_, weights, seconds)
                 self.tally.seconds["wait_encode"] += time.monotonic() - began
                 if self.failure is None:
                     self._write(work, chunk)
@@ -465,12 +474,6 @@ class Pass:
         digest = output.commit(memoryview(slot.buffer))
         self.free.put(slot)
         return FileResult(output.task.target, digest, output.computed, output.reused)
-
-
-def _digest(data: bytes) -> Digest:
-    hasher = Hasher()
-    hasher.update(data)
-    return hasher.digest()
 
 
 def key_of(params: tensor.Params, digests: list[Digest]) -> str:

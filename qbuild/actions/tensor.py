@@ -78,7 +78,6 @@ def encode(raw: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray
     _encode_values(values, params, out, imatrix)
 
 
-
 def _encode_values(values: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray | None) -> None:
     held = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint16): "BF16"}[values.dtype]
     if held != params.stored and not QTYPES[params.stored].quantized:

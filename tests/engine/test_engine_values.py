@@ -105,7 +105,8 @@ def test_needed_is_in_dependency_order_and_leaves_out_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "nbytes"), [("16GiB", 16 << 30), ("500MB", 500_000_000), ("1.5KiB", 1536), ("42", 42), (7, 7), ("3 GB", 3 * 10**9)]
+    ("text", "nbytes"),
+    [("16GiB", 16 << 30), ("500MB", 500_000_000), ("1.5KiB", 1536), ("42", 42), (7, 7), ("3 GB", 3 * 10**9)],
 )
 def test_sizes_are_read_with_their_unit(text: str | int, nbytes: int) -> None:
     assert parse_size(text, "budget.ram") == nbytes

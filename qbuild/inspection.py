@@ -1,0 +1,151 @@
+"""Looking without building: what a model would weigh, why something runs, the graph as text."""
+
+from __future__ import annotations
+
+import difflib
+from math import prod
+from typing import Any
+
+from qbuild import schema
+from qbuild.arch import convert, mix
+from qbuild.budget import format_size
+from qbuild.errors import ConfigError
+from qbuild.ggml import FILE_TYPES, QTYPES
+from qbuild.graph import Action
+from qbuild.manifest import explain as explain_lines
+from qbuild.plan import Judge, Plan, manifest_parts
+from qbuild.recipe import model_name, open_model
+
+__all__ = ["explain", "explain_text", "graph", "info", "info_text"]
+
+
+def info(config: schema.Config) -> dict[str, Any]:
+    """Parameters, architecture, source size and the size of every file type: exact, by the type rules."""
+    checkpoint = open_model(config.model, fetch=False, offline=config.offline)
+    facts = convert.model_facts(checkpoint)
+    specs = convert.tensor_specs(checkpoint, config.model.outtype)
+    weights = sum(spec.weights for spec in specs)
+    types: dict[str, Any] = {}
+    for name in FILE_TYPES:
+        needs = False
+        try:
+            choices = mix.choose(specs, facts, mix.Mix(name))
+        except ConfigError:
+            try:
+                choices, needs = mix.choose(specs, facts, mix.Mix(name, has_imatrix=True)), True
+            except ConfigError:
+                continue  # its widths do not fit this model
+        nbytes = sum(prod(s.shape[:-1]) * QTYPES[t].row_bytes(s.shape[-1]) for s, t in choices)
+        types[name] = {"bytes": nbytes, "bits_per_weight": round(8 * nbytes / weights, 3), "needs_imatrix": needs}
+    return {
+        "name": model_name(config.model, checkpoint),
+        "source": checkpoint.source,
+        "kind": checkpoint.kind,
+        "architecture": facts.arch,
+        "parameters": facts.parameters,
+        "layers": facts.n_layer,
+        "tensors": len(checkpoint.tensors),
+        "source_bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
+        "dtypes": sorted({t.dtype for t in checkpoint.tensors.values()}),
+        "file_types": types,
+    }
+
+
+def info_text(found: dict[str, Any]) -> str:
+    lines = [
+        f"{found['name']}  ({found['source']})",
+        f"  {found['architecture']}, {found['parameters'] / 1e6:,.1f} M parameters, {found['layers']} layers, "
+        f"{found['tensors']} tensors",
+        f"  {format_size(found['source_bytes'])} of {', '.join(found['dtypes'])}",
+        "",
+        f"  {'type':<10} {'tensors':>10}  bits/weight",
+    ]
+    for name, row in sorted(found["file_types"].items(), key=lambda item: item[1]["bytes"]):
+        note = "  needs an importance matrix" if row["needs_imatrix"] else ""
+        lines.append(f"  {name:<10} {format_size(row['bytes']):>10}  {row['bits_per_weight']:>6.2f}{note}")
+    return "\n".join([*lines, "", "  tensor bytes, exact; vocabulary and header come on top"])
+
+
+def explain(plan: Plan, words: list[str]) -> list[dict[str, Any]]:
+    """The actions that ``words`` name (targets, tensors, or actions), with verdict, reason and manifest."""
+    graph = plan.resolved.graph
+    wanted = [f"file:{t.name}" for t in plan.targets] if not words else [i for w in words for i in _matches(plan, w)]
+    judge = Judge(plan.resolved, plan.store, rebuild=False)
+    judge.verdicts = dict(plan.verdicts)
+    return [_explained(judge, plan, graph.actions[action_id]) for action_id in dict.fromkeys(wanted)]
+
+
+def _matches(plan: Plan, word: str) -> list[str]:
+    actions = plan.resolved.graph.actions
+    if word in plan.resolved.graph.targets:
+        return [plan.resolved.graph.targets[word]]
+    found = [i for i in actions if i == word or i.rpartition(":")[0] == word]
+    if not found:
+        names = [*plan.resolved.graph.targets, *actions]
+        near = difflib.get_close_matches(word, names, 3, 0.5)
+        raise ConfigError("explain", f"no target, tensor or action is called {word!r}", f"nearest: {', '.join(near)}")
+    return found
+
+
+def _explained(judge: Judge, plan: Plan, action: Action) -> dict[str, Any]:
+    verdict = plan.verdicts[action.id]
+    digests, missing = judge.inputs(action)
+    lines = explain_lines(manifest_parts(action, digests))
+    known = {role for role, _ in digests}
+    lines += [f"{f'input {role}':<24} not known yet: {missing}" for role, _ in action.inputs if role not in known]
+    outputs = [str(d) for d in verdict.outputs]
+    return {"action": action.id, "verdict": verdict.state, "why": verdict.why, "key": verdict.key,
+            "outputs": outputs, "manifest": lines}  # fmt: skip
+
+
+def explain_text(found: list[dict[str, Any]]) -> str:
+    blocks = []
+    for item in found:
+        head = f"{item['action']}: {item['verdict']}, {item['why']}"
+        key = [f"  key {item['key']}"] if item["key"] else []
+        blocks.append("\n".join([head, *key, *(f"    {line}" for line in item["manifest"])]))
+    return "\n\n".join(blocks)
+
+
+def graph(plan: Plan, style: str) -> str:
+    """The graph as a text tree, DOT or Mermaid. Tensors of one type below one file are one node."""
+    nodes, edges = _condensed(plan)
+    if style == "dot":
+        body = [f'  "{i}" [label="{label}"];' for i, label in nodes.items()] + [f'  "{a}" -> "{b}";' for a, b in edges]
+        return "\n".join(["digraph qbuild {", "  rankdir=LR;", *body, "}"])
+    if style == "mermaid":
+        names = {node: f"n{number}" for number, node in enumerate(nodes)}
+        body = [f'  {names[i]}["{label}"]' for i, label in nodes.items()]
+        return "\n".join(["graph LR", *body, *(f"  {names[a]} --> {names[b]}" for a, b in edges)])
+    lines = []
+    for target in plan.targets:
+        root = f"file:{target.name}"
+        lines.append(nodes[root])
+        below = [a for a, b in edges if b == root]
+        for number, node in enumerate(below):
+            lines.append(("└─ " if number == len(below) - 1 else "├─ ") + nodes[node])
+    return "\n".join(lines)
+
+
+def _condensed(plan: Plan) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Nodes (id → label) and edges, from the source to the files."""
+    resolved, verdicts = plan.resolved, plan.verdicts
+    nodes = {"source": f"{resolved.checkpoint.source} ({len(resolved.checkpoint.tensors)} tensors)"}
+    edges: list[tuple[str, str]] = []
+    if "metadata" in resolved.graph.actions:
+        nodes["metadata"] = f"metadata: {verdicts['metadata'].state}"
+        edges.append(("source", "metadata"))
+    for target in resolved.targets:
+        root = target.action
+        groups: dict[str, list[str]] = {}
+        for (_, type_), action in zip(target.choices, target.tensors, strict=True):
+            groups.setdefault(type_, []).append(action)
+        for type_, actions in groups.items():
+            states = sorted({verdicts[a].state for a in actions})
+            node = f"{root}/{type_}"
+            nodes[node] = f"{len(actions)} tensors to {type_}: {', '.join(states)}"
+            edges += [("source", node), (node, root)]
+        if "metadata" in nodes:
+            edges.append(("metadata", root))
+        nodes[root] = f"{target.file_name}: {verdicts[root].state}"
+    return nodes, edges

@@ -1,0 +1,110 @@
+"""What runs again, and what does not. Counted in build.json, not guessed from times."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from faults.conftest import Space
+
+
+def counts(result: dict, target: str) -> dict[str, int]:
+    return result["targets"][target]["verdicts"]
+
+
+TENSORS = 29  # of tiny-llama: 3 layers of 9, the embedding and the last norm
+
+
+def test_second_build_runs_nothing(space: Space) -> None:
+    first = space.run()
+    before = space.output().stat()
+    second = space.run()
+    assert counts(first, "q4_k_m") == {"run": TENSORS}
+    assert counts(second, "q4_k_m") == {"hit": TENSORS}
+    assert second["totals"]["read_bytes"] == 0
+    assert second["targets"]["q4_k_m"]["digest"] == first["targets"]["q4_k_m"]["digest"]
+    assert space.output().stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_cold_build_reads_the_source_once_and_writes_its_output_once(space: Space) -> None:
+    result = space.run(target="'target=[gguf/q4_k_m,gguf/q5_k_m,gguf/q8_0]'".strip("'"))
+    weights = sum(f.stat().st_size for f in space.model.glob("*.safetensors"))
+    written = sum(t["bytes"] for t in result["targets"].values())
+    assert 0.99 * weights < result["totals"]["read_bytes"] <= weights
+    assert result["totals"]["written_bytes"] <= 1.05 * written
+    assert json.loads((space.out / "build.json").read_text())["targets"] == result["targets"]
+
+
+def test_touched_source_is_hashed_once_and_nothing_is_quantized(space: Space) -> None:
+    space.run()
+    os.utime(space.model / "model.safetensors")
+    result = space.run()
+    assert counts(result, "q4_k_m") == {"hit": TENSORS}
+    assert result["totals"]["computed"] == 0
+    assert space.run()["totals"]["read_bytes"] == 0
+
+
+def test_source_at_another_place_reuses_everything(space: Space) -> None:
+    space.run()
+    moved = space.root / "elsewhere" / "tiny-llama"
+    shutil.copytree(space.model, moved)
+    space.model = moved
+    assert space.run()["totals"]["computed"] == 0
+
+
+def test_one_changed_tensor_requantizes_that_tensor_alone(space: Space) -> None:
+    space.run()
+    flip_source_byte(space.model, "model.layers.1.mlp.up_proj.weight")
+    result = space.run()
+    assert counts(result, "q4_k_m") == {"hit": TENSORS - 1, "run": 1}
+
+
+def test_q4_k_s_after_q4_k_m_shares_every_equal_tensor(space: Space) -> None:
+    space.run()
+    result = space.run(target="q4_k_s")
+    plan = space.run("plan", target="q4_k_s")
+    assert counts(result, "q4_k_s")["hit"] > TENSORS // 2
+    assert sum(counts(result, "q4_k_s").values()) == TENSORS
+    assert plan["targets"]["q4_k_s"]["verdict"]["state"] == "hit"
+
+
+def test_rebuild_makes_everything_again_and_the_bytes_are_the_same(space: Space) -> None:
+    first = space.run()
+    again = space.run("-B")
+    assert counts(again, "q4_k_m") == {"run": TENSORS}
+    assert again["targets"]["q4_k_m"]["digest"] == first["targets"]["q4_k_m"]["digest"]
+
+
+def test_deleted_output_is_put_back_without_work(space: Space) -> None:
+    space.run()
+    space.output().unlink()
+    result = space.run()
+    assert result["totals"]["computed"] == 0
+    assert space.output().exists()
+
+
+@pytest.mark.parametrize("change", ["budget.threads=1", "budget.ram=600MiB", "out={root}/other"])
+def test_how_it_runs_is_not_in_the_key(space: Space, change: str) -> None:
+    space.run()
+    words = space.command(change.format(root=space.root))
+    if change.startswith("out="):
+        space.out = space.root / "other"
+        words = space.command()
+    del words
+    assert space.run(*([] if change.startswith("out=") else [change]))["totals"]["computed"] == 0
+
+
+def flip_source_byte(model: Path, tensor: str) -> None:
+    """Change one weight of one tensor in place: the lowest bit of a bf16 mantissa, so it stays finite."""
+    path = model / "model.safetensors"
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        at = 8 + length + header[tensor]["data_offsets"][0]
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
