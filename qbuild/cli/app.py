@@ -20,7 +20,7 @@ from qbuild.cli import compose, nullbuild
 from qbuild.cli.args import Args
 from qbuild.cli.compose import Composer, Job
 from qbuild.cli.verbs import VERBS, Request
-from qbuild.errors import ConfigError, Interrupted, QbuildError
+from qbuild.errors import ConfigError, InputError, Interrupted, QbuildError
 
 __all__ = ["main"]
 
@@ -104,7 +104,7 @@ def _run(argv: list[str], json_wanted: bool) -> Outcome:
         return Outcome({"version": __version__}, f"qbuild {__version__}\n", 0)
     if "help" in args.switches:
         return Outcome({"help": _help()}, _help(), 0)
-    cwd = Path.cwd()
+    cwd = _cwd()
     with compose.opened(args, cwd) as composer:
         if "shell_completion" in args.options:
             return _completion(composer, args.options["shell_completion"] + "".join(args.overrides))
@@ -119,6 +119,13 @@ def _run(argv: list[str], json_wanted: bool) -> Outcome:
         if args.verb == "build" and not runner.dry_run:
             _record(argv, cwd, job, composer, outcome, json_wanted, began)
         return outcome
+
+
+def _cwd() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise InputError("working folder", "is gone", "change to one that exists") from None
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from qbuild import fastpath, schema
 __all__ = ["as_null", "inputs", "outputs"]
 
 
-def inputs(config: schema.Config, folders: tuple[Path, ...]) -> list[Path] | None:
+def inputs(config: schema.Config, folders: tuple[Path, ...]) -> list[str] | None:
     """Configuration and source files; None where a file's stat cannot tell that nothing changed (a model on the Hub)."""
     source = _source(config.model.source or "")
     if source is None or config.rebuild:
         return None
-    found = [Path(path) for folder in folders for path in fastpath.tree(str(folder))]
-    imatrices = [getattr(target, "imatrix", None) for target in config.targets.values()]
-    return found + source + [Path(path) for path in imatrices if path]
+    found = [path for folder in folders for path in fastpath.tree(str(folder))]
+    imatrices = [t.imatrix for t in config.targets.values() if isinstance(t, schema.GgufTarget) and t.imatrix]
+    return [*found, *map(str, source), *imatrices]
 
 
 def _source(source: str) -> list[Path] | None:
@@ -29,7 +29,7 @@ def _source(source: str) -> list[Path] | None:
         spec = importlib.util.find_spec(package)
         roots = list(spec.submodule_search_locations or []) if spec else []
         return [Path(roots[0]) / inside] if roots else None
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         return [path, *sorted(path.iterdir())]
     if not path.is_file():
@@ -38,9 +38,9 @@ def _source(source: str) -> list[Path] | None:
     return sorted(path.parent.glob(f"{split[1]}-*-of-{split[2]}.gguf")) if split else [path]
 
 
-def outputs(document: Mapping[str, Any]) -> list[Path]:
+def outputs(document: Mapping[str, Any]) -> list[str]:
     paths = [Path(target["path"]) for target in document["targets"].values()]
-    return [*paths, *sorted({path.parent / "build.json" for path in paths})]
+    return [str(path) for path in [*paths, *sorted({path.parent / "build.json" for path in paths})]]
 
 
 def as_null(document: Mapping[str, Any]) -> dict[str, Any]:

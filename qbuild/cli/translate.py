@@ -35,13 +35,24 @@ def translated(overrides: list[str], names: Names) -> Iterator[None]:
         raise ConfigError("configuration", f"is not YAML: {error}", "check indentation and quotes") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise _composition(error, overrides) from None
+    except ValueError as error:
+        if not _raised_in(error, ("hydra", "omegaconf")):
+            raise
+        raise ConfigError("configuration", str(error), "qbuild --help shows the forms a setting has") from None
+
+
+def _raised_in(error: Exception, packages: tuple[str, ...]) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in packages
 
 
 def _missing(name: str, text: str, overrides: list[str], names: Names) -> ConfigError:
     """A choice of a config group that is not there."""
     group, _, choice = name.partition("/")
     known = names(group)
-    if not choice or not known:
+    if not known:
         return ConfigError(name or "configuration", "is not there", text.splitlines()[0].strip())
     typed = (o for o in overrides if o.lstrip("+").startswith(f"{group}=") and choice in o)
     found = re.search(r"In '([^']+)'", text)
