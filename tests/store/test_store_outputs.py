@@ -101,6 +101,14 @@ def test_second_link_out_does_nothing(store: Store, tmp_path: Path, mode: str):
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
+def test_linking_twice_hashes_nothing(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A hard link moves the ctime of the blob; that is our own doing and no reason to read it."""
+    whole, _, _ = packed(store)
+    monkeypatch.setattr(Store, "_rehash", lambda self, digest: pytest.fail("was read"))
+    for name in ("a", "b", "c"):
+        assert store.link_out(whole, tmp_path / name, "hardlink") == "hardlink"
+
+
 @pytest.mark.parametrize("mode", ["hardlink", "copy"])
 def test_edited_output_is_replaced(store: Store, tmp_path: Path, mode: str):
     whole, _, data = packed(store)

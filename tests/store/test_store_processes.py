@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from store_kit import digest_of, packed
 
+from qbuild import fsutil
 from qbuild import store as store_module
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.digest import Digest, digest_bytes
+from qbuild.fsutil import FileLock
 from qbuild.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +111,8 @@ def test_crash_at_every_step_of_a_commit(store: Store, monkeypatch: pytest.Monke
         with pytest.raises(SystemExit):
             packed(store)
     again = Store(store.root)
+    with again.partial("out", 4000):  # the next run takes the file, and is killed before it writes
+        pass
     whole = b"".join(digest_of(seed)[0] for seed in range(4))
     for seed in range(4):
         assert again.read_bytes(digest_of(seed)[1]) == digest_of(seed)[0]
@@ -157,6 +161,25 @@ def test_two_processes_one_lock(store: Store):
     for process in processes:
         process.communicate()
     assert counter.read_text() == "100"
+
+
+def test_waiter_does_not_lock_a_file_its_holder_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between its open and its flock the holder lets go (and removes the file) and a third one locks a new file."""
+    holder, waiter, third = (FileLock(tmp_path / "a.lock") for _ in range(3))
+    assert holder.try_acquire()
+    real = fsutil.fcntl.flock
+
+    def flock(fd: int, how: int) -> None:
+        monkeypatch.undo()
+        holder.release()
+        assert third.try_acquire()
+        real(fd, how)
+
+    monkeypatch.setattr(fsutil.fcntl, "flock", flock)
+    assert not waiter.try_acquire()
+    third.release()
+    assert waiter.try_acquire()
+    waiter.release()
 
 
 def test_second_builder_waits_and_finds_the_result(store: Store):
@@ -244,10 +267,14 @@ def test_reader_survives_the_rename(store: Store):
 def test_store_is_usable_after_a_fork(store: Store):
     """A child gets connections of its own: SQLite's do not survive a fork."""
     digest = store.put_bytes(b"parent")
+    parents = {id(db) for db in store.index._free}
+    assert parents
     child = os.fork()
     if child == 0:
         try:
             ok = store.read_bytes(digest) == b"parent" and store.put_bytes(b"child") is not None
+            with store.index.reading() as db:
+                ok = ok and id(db) not in parents
             os._exit(0 if ok else 1)
         finally:
             os._exit(2)
