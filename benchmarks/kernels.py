@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py [--ggml libggml-base.so] [--types Q4_K,Q6_K] [--weights 2] [--dtype F32]
 
-Thread CPU time, best of several, so a loaded machine disturbs little. ggml is timed on as many of the weights as keep it
-short, always float32. ``bad`` counts blocks that differ, of all that ggml was given.
+Thread CPU time, best of several, so a loaded machine disturbs little. ggml always reads float32, and as many of
+the weights as keep it short. ``bad`` counts blocks that differ, of all that ggml was given.
 """
 
 from __future__ import annotations
@@ -78,9 +78,8 @@ def main() -> None:
     else:
         held = x
     imatrix = (rng.random(COLS) ** 3 * 10).astype(np.float32)
-    print(
-        f"million weights per second, one thread, {args.dtype} source\ntype     weights       ggml      ours    ratio    bad"
-    )
+    print(f"million weights per second, one thread, {args.dtype} source")
+    print("type     weights       ggml      ours    ratio    bad")
     for name in args.types.split(","):
         for weights in (None,) if name in CASTS else (None, imatrix):
             if weights is not None or name not in kernels.NEEDS_IMATRIX:

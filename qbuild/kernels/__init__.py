@@ -37,6 +37,7 @@ MODULES = {
     "Q6_K": "symmetric",
 }
 NEEDS_IMATRIX = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})  # ggml asserts one, whatever the tensor
+_UNPACKED = ("legacy", "affine", "symmetric")  # modules whose types unpack.py reads
 _KINDS = {"F32": 0, "F16": 1, "BF16": 2}
 _HELD = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint16): "BF16"}
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -103,12 +104,21 @@ def cast_into(x: np.ndarray, out: np.ndarray, src_dtype: str, dst_type: str) -> 
 
 
 def dequantize(data: np.ndarray, type: str) -> np.ndarray:  # noqa: A002
-    """uint8 [rows, row bytes] to float32 [rows, cols], bit-equal to ggml (by the gguf package)."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize as gguf_dequantize
+    """uint8 [rows, row bytes] to float32 [rows, cols], bit-equal to ggml; other types by the gguf package."""
+    q = _qtype(type)
+    rows, blocks = data.shape[0], data.shape[1] // q.nbytes
+    if type in _KINDS:
+        out = np.empty((rows, blocks), np.float32)
+        cast_into(data.view(_DTYPES[type]), out, type, "F32")
+        return out
+    if MODULES[type] not in _UNPACKED:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize as gguf_dequantize
 
-    _qtype(type)
-    return np.ascontiguousarray(gguf_dequantize(data, GGMLQuantizationType[type]), np.float32)
+        return np.ascontiguousarray(gguf_dequantize(data, GGMLQuantizationType[type]), np.float32)
+    out = np.empty((rows, blocks * q.block), np.float32)
+    import_module("qbuild.kernels.unpack").dequantize(type, _bytes(data), out.reshape(-1))
+    return out
 
 
 def first_nonfinite(x: np.ndarray) -> int | None:

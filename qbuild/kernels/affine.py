@@ -174,19 +174,21 @@ def _pack_scales(code, out, index, block, k):
     put_half(out, o + halves, k.halves[block])
     put_half(out, o + halves + 2, k.halves[GROUP + block])
     for j in range(per_block):
-        scale, low = _read_codes(code, out, o, j)
+        if code == _Q2:
+            scale, low = out[o + j] & 15, out[o + j] >> 4
+        else:
+            scale, low = read_scale_min(out, o + 4, j)
         k.d[block * per_block + j] = k.scales[block] * _F32(scale)
         k.d[SUBS + block * per_block + j] = k.scales[GROUP + block] * _F32(low)
 
 
 @inline
-def _read_codes(code, out, o, j):
-    if code == _Q2:
-        return out[o + j] & 15, out[o + j] >> 4
+def read_scale_min(data, at, j):
+    """The 6-bit codes of scale and minimum of sub-block j in the 12 bytes at ``at``."""
     if j < 4:
-        return out[o + 4 + j] & 63, out[o + 8 + j] & 63
-    both = out[o + 8 + j]
-    return (both & 15) | ((out[o + j] >> 6) << 4), (both >> 4) | ((out[o + 4 + j] >> 6) << 4)
+        return data[at + j] & 63, data[at + 4 + j] & 63
+    both = data[at + 4 + j]
+    return (both & 15) | ((data[at + j - 4] >> 6) << 4), (both >> 4) | ((data[at + j] >> 6) << 4)
 
 
 @inline

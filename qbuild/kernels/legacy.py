@@ -88,8 +88,9 @@ def quantize(name: str, source: np.ndarray, kind: int, out: np.ndarray, cols: in
 @inline
 def _work():
     return Work(
-        scratch(32 * WIDTH), scratch(32 * WIDTH), scratch(32 * WIDTH), scratch(WIDTH), np.empty(3 * WIDTH, _I32),
-        np.empty(32 * WIDTH, _U8), np.empty(32 * WIDTH, _U8), scratch(512), np.empty(32, np.int64),
+        scratch(32, WIDTH, _F32), scratch(32, WIDTH, _F32), scratch(32, WIDTH, _F32), scratch(1, WIDTH, _F32),
+        scratch(3, WIDTH, _I32), scratch(32, WIDTH, _U8), scratch(32, WIDTH, _U8), scratch(2, 256, _F32),
+        scratch(2, 16, np.int64),
     )  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def _round_levels(low, inverse, offset, top, k, zero):
 def _fit(source, kind, out, blocks, nbytes, cols, imatrix, top, minimum, tries):
     k, zero = _work(), splat(0.0, WIDTH)
     per_row = cols // 32
-    sums = scratch(16)
+    sums = scratch(1, 16, _F32)
     for band in range(0, blocks, 16 * per_row):  # 16 rows: one lane each for their sums of squares
         end = min(band + 16 * per_row, blocks)
         _load_sums(source, kind, band, blocks, cols, sums, k)

@@ -21,6 +21,7 @@ Inside ``@inline`` or ``@kernel`` functions (v, w: Vec of one shape; s: Python o
     to(v, dtype)   bits(v, dtype)                             convert (see ``to``), reinterpret
     gather(a, i)                                              a[i] per lane
     from_half to_half from_bfloat to_bfloat                   float16 and bfloat16 bits
+    scratch(count, size, dtype)                               an uninitialized 1-D array on the stack
     transpose(...)   load_columns(...)                        16 x 16 tiles: between memory order and lane order
 """
 
@@ -36,6 +37,7 @@ from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.core import caching, cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+from numba.np import arrayobj
 
 _I32 = ir.IntType(32)
 _ELEMENTS = {
@@ -46,7 +48,8 @@ _ELEMENTS = {
     types.uint8: ir.IntType(8),
     types.boolean: ir.IntType(1),
 }
-_JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+# No reference counts: passing an array to an inlined function would cost two atomic operations.
+_JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False, "_nrt": False}
 
 inline = njit(inline="always", **_JIT)
 
@@ -513,9 +516,23 @@ def load_columns(source, kind, starts, n, target, stride, page):
         transpose(page, 0, 16, target, i * stride, stride)
 
 
-@inline
-def scratch(n):
-    """n float32 of scratch on a cache line: vectors that straddle two lines load at half the speed."""
-    raw = np.empty(n + 16, _F32)
-    skip = (-(raw.ctypes.data >> 2)) & 15
-    return raw[skip : skip + n]
+@intrinsic(prefer_literal=True)
+def scratch(tyctx, count, size, dtype):
+    """count * size elements on the stack, on a cache line; both are literals or module constants.
+
+    A vector that straddles two lines loads at half the speed. Kernels have no runtime to allocate arrays (see _JIT).
+    """
+    array = types.Array(dtype.dtype, 1, "C")
+    n, width = count.literal_value * size.literal_value, _ELEMENTS.get(dtype.dtype, ir.IntType(64))
+
+    def codegen(context, builder, sig, args):
+        room = cgutils.alloca_once(builder, ir.ArrayType(width, n))
+        room.align = 64
+        made = context.make_array(array)(context, builder)
+        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(width))
+        shape, strides = [context.get_constant(types.intp, n)], [itemsize]
+        data = builder.bitcast(room, width.as_pointer())
+        arrayobj.populate_array(made, data=data, shape=shape, strides=strides, itemsize=itemsize, meminfo=None)
+        return made._getvalue()
+
+    return array(count, size, dtype), codegen

@@ -16,10 +16,8 @@ from qbuild.kernels.simd import host_lanes, inline, load, load_columns, scratch,
 
 GROUP = 16  # super-blocks
 WIDTH = host_lanes()
-TILE = 32 * WIDTH
-WEIGHTS = 256 * GROUP
 SUBS = 16 * GROUP  # sub-blocks of a group, at most
-_U8 = np.uint8
+_U8, _I32, _F32 = np.uint8, np.int32, np.float32
 
 
 class Work(NamedTuple):
@@ -44,9 +42,10 @@ class Work(NamedTuple):
 @inline
 def work():
     return Work(
-        scratch(WEIGHTS), scratch(TILE), scratch(TILE), scratch(5 * SUBS), scratch(5 * SUBS),
-        np.empty(2 * SUBS, np.int32), np.empty(2 * GROUP, np.int32), scratch(2 * GROUP), scratch(2 * SUBS),
-        np.empty(WEIGHTS, _U8), np.empty(TILE, _U8), np.empty(WEIGHTS, _U8), scratch(512), np.empty(32, np.int64),
+        scratch(GROUP, 256, _F32), scratch(32, WIDTH, _F32), scratch(32, WIDTH, _F32), scratch(5, SUBS, _F32),
+        scratch(5, SUBS, _F32), scratch(2, SUBS, _I32), scratch(2, GROUP, _I32), scratch(2, GROUP, _F32),
+        scratch(2, SUBS, _F32), scratch(GROUP, 256, _U8), scratch(32, WIDTH, _U8), scratch(GROUP, 256, _U8),
+        scratch(2, 256, _F32), scratch(2, 16, np.int64),
     )  # fmt: skip
 
 
