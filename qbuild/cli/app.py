@@ -150,15 +150,22 @@ class Runner:
 
 
 def _multirun(composer: Composer, runner: Runner) -> Outcome:
-    """Every job of a sweep; the first that fails ends it unless keep_going says otherwise."""
+    """Every job of a sweep, shown as it ends; the first that fails ends it unless keep_going says otherwise."""
     jobs = composer.jobs()
     if jobs is None:
-        return _merged([((), outcome) for outcome in composer.launch(runner)])
+        launched = composer.launch(runner)
+        for words, outcome in [] if runner.quiet else launched:
+            sys.stdout.write(f"{' '.join(words)}\n")
+            _print(outcome, json_wanted=False)
+        return _merged(launched)
     done: list[tuple[tuple[str, ...], Outcome]] = []
     for number, job in enumerate(jobs, start=1):
         if not runner.quiet:
-            sys.stderr.write(f"[{number}/{len(jobs)}] {' '.join(job.overrides)}\n")
+            sys.stdout.write(f"[{number}/{len(jobs)}] {' '.join(job.overrides)}\n")
+            sys.stdout.flush()
         outcome = runner(job)
+        if not runner.quiet:
+            _print(outcome, json_wanted=False)
         done.append((job.overrides, outcome))
         if outcome.code and not (job.config.keep_going and outcome.code != Interrupted.exit_code):
             break
@@ -168,9 +175,8 @@ def _multirun(composer: Composer, runner: Runner) -> Outcome:
 def _merged(done: list[tuple[tuple[str, ...], Outcome]]) -> Outcome:
     """Outcomes of a sweep as one: the exit code is that of the first failure."""
     jobs = [{"overrides": list(words), "exit_code": o.code, **_member(o)} for words, o in done]
-    text = "\n".join(f"{' '.join(words)}\n{outcome.text}" for words, outcome in done)
     code = next((outcome.code for _, outcome in done if outcome.code), 0)
-    return Outcome({"jobs": jobs}, text, code)
+    return Outcome({"jobs": jobs}, "", code)
 
 
 def _member(outcome: Outcome) -> dict[str, Any]:
@@ -196,7 +202,8 @@ def _completion(composer: Composer, request: str) -> Outcome:
         fact = f"{request!r} is not understood"
         raise ConfigError("--shell-completion", fact, 'eval "$(qbuild -sc install=bash)"; shells: bash, zsh, fish')
     if action != "query":
-        compose.completion_script(composer, action, shell)
+        plugin = composer.plugin(shell)
+        plugin.install() if action == "install" else plugin.uninstall()
         return Outcome({}, "", 0)
     words = machine.environ().get("COMP_LINE", "").partition(" ")[2].lstrip()
     first, blank, rest = words.partition(" ")

@@ -18,10 +18,13 @@ from typing import Any
 from qbuild import schema
 from qbuild.cli.args import Args
 from qbuild.cli.translate import translated
+from qbuild.errors import ConfigError
 
-__all__ = ["Composer", "Job", "Task", "opened"]
+__all__ = ["Composer", "Job", "Task", "complete", "opened", "packaged"]
 
+PACKAGES = (*schema.sections(), "targets")
 PRIMARY = "qbuild"  # not `config`: ./conf may belong to another Hydra program
+GROUPS = ("target", "model", "+recipe")  # as they are written on a command line
 
 Task = Callable[["Job"], Any]  # runs a job and returns how it went
 
@@ -70,25 +73,32 @@ class Composer:
             batches = BasicSweeper.split_arguments(parsed, None)
             return [_job(loader.load_sweep_config(master, words)) for batch in batches for words in batch]
 
-    def launch(self, task: Task) -> list[Any]:
-        """A multirun through the user's sweeper and launcher; jobs may run in other processes."""
+    def launch(self, task: Task) -> list[tuple[tuple[str, ...], Any]]:
+        """A multirun through the user's sweeper and launcher: overrides and outcomes. Jobs may run in other processes."""
         with translated(self.overrides, self.names):
             found = self.hydra.multirun(PRIMARY, _Launched(task), self.overrides, with_log_configuration=False)
         batches = found if isinstance(found, list) else []
-        return [job.return_value for batch in batches for job in batch]
+        return [(tuple(job.overrides or ()), job.return_value) for batch in batches for job in batch]
 
     def show(self, args: Args) -> None:
         """``--cfg``, ``--info``, ``--hydra-help``: Hydra's own views of the configuration, printed by Hydra."""
         with translated(self.overrides, self.names):
             if "cfg" in args.options:
                 package, resolve = args.options.get("package"), "resolve" in args.switches
-                self.hydra.show_cfg(PRIMARY, self.overrides, args.options["cfg"], package, resolve)
+                try:
+                    self.hydra.show_cfg(PRIMARY, self.overrides, args.options["cfg"], package, resolve)
+                except SystemExit:  # how Hydra says that there is no such package
+                    raise ConfigError("--package", f"there is no {package!r}", schema.close(str(package), PACKAGES)) from None
             elif "info" in args.options:
                 self.hydra.show_info(args.options["info"], PRIMARY, self.overrides)
             else:
                 from hydra._internal.utils import get_args_parser
 
                 self.hydra.hydra_help(PRIMARY, get_args_parser(), types.SimpleNamespace(overrides=[]))
+
+    def plugin(self, shell: str) -> Any:
+        """Hydra's completion plugin for a shell."""
+        return self.hydra.get_shell_to_plugin_map(self.hydra.config_loader)[shell][0]
 
     def names(self, group: str) -> list[str]:
         """Everything that can be chosen in a config group, below its folders too."""
@@ -194,12 +204,15 @@ def _leaf(hint: Any) -> Any:
 
 
 def complete(composer: Composer, shell: str, line: str) -> list[str]:
-    """Hydra's completions for a command line (without the program's name)."""
-    plugin = composer.hydra.get_shell_to_plugin_map(composer.hydra.config_loader)[shell][0]
-    return list(plugin._query(config_name=PRIMARY, line=line))
+    """Completions for a command line (without the program's name): Hydra's, and those of groups that have folders."""
+    word = "" if not line or line.endswith(" ") else line.split()[-1]
+    key, equals, _ = word.partition("=")
+    if equals and key in GROUPS:
+        return [f"{key}={name}" for name in composer.names(key.lstrip("+")) if f"{key}={name}".startswith(word)]
+    found = composer.plugin(shell)._query(config_name=PRIMARY, line=line)
+    return [*(f"{group}=" for group in GROUPS if not equals and group.startswith(word)), *filter(_wanted, found)]
 
 
-def completion_script(composer: Composer, action: str, shell: str) -> None:
-    """Print what installs or uninstalls tab completion in a shell."""
-    plugin = composer.hydra.get_shell_to_plugin_map(composer.hydra.config_loader)[shell][0]
-    plugin.install() if action == "install" else plugin.uninstall()
+def _wanted(completion: str) -> bool:
+    """Hydra also offers its own groups, the schema's, and ours in spellings that do not work."""
+    return not re.match(r"\+?(hydra|schema|recipe|model|target)(/|=|\.?$)", completion) or completion == "model."
