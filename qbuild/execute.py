@@ -183,7 +183,8 @@ class _Build:
             verdict = judge.verdicts[f"file:{made.target}"]
             if verdict.key is None:
                 raise RuntimeError(f"BUG: {made.target} was made but its key is unknown: {verdict.why}")
-            self.cache.put(verdict.key, ActionResult(file.KIND, (made.digest,), done.seconds, done.peak))
+            kvs = judge.verdicts["metadata"].outputs if "metadata" in judge.verdicts else ()
+            self.cache.put(verdict.key, ActionResult(file.KIND, (made.digest,), done.seconds, done.peak, inputs=kvs))
             target = next(t for t in self.plan.targets if t.name == made.target)
             self._link(target.path, made.digest, made.target)
             counts = {"hit": made.reused, "run": made.computed}

@@ -489,18 +489,27 @@ class Store:
         A digest taken within a clock tick of the file's last change is left out: a second change in that tick would
         not show in the time stamps.
         """
+        return self._source_digests(source, "", ()) or None
+
+    def _source_digests(
+        self, source: tuple[str, int, int, int, int], also: str, values: tuple[int, ...]
+    ) -> dict[int, Digest]:
         path, size, mtime_ns, ctime_ns, inode = source
         changed = max(mtime_ns, ctime_ns)
         coarse = mtime_ns % 1_000_000_000 == 0 and ctime_ns % 1_000_000_000 == 0
         settled = changed + (RACY_COARSE_NS if coarse else RACY_NS)
         query = (
             "SELECT d.offset, d.digest FROM sources s JOIN source_digests d ON d.source = s.id"
-            " WHERE s.path = ? AND s.size = ? AND s.mtime_ns = ? AND s.ctime_ns = ? AND s.inode = ?"
-            " AND d.recorded_ns > ?"
+            " WHERE s.path = ? AND s.size = ? AND s.mtime_ns = ? AND s.ctime_ns = ? AND s.inode = ? AND d.recorded_ns > ?"
         )
         with self.index.reading() as db:
-            rows = db.execute(query, (path, size, mtime_ns, ctime_ns, inode, settled)).fetchall()
-        return {offset: Digest.parse(text) for offset, text in rows} or None
+            rows = db.execute(query + also, (path, size, mtime_ns, ctime_ns, inode, settled, *values)).fetchall()
+        return {offset: Digest.parse(text) for offset, text in rows}
+
+    def source_digest(self, source: tuple[str, int, int, int, int], offset: int) -> Digest | None:
+        """The digest of one range, if it is known: for asking again after waiting for another build."""
+        known = self._source_digests(source, " AND d.offset = ?", (offset,))
+        return known.get(offset)
 
     def forget_source(self, source: Stamps) -> None:
         with self.index.writing() as db:

@@ -213,6 +213,8 @@ class Pass:
     def __init__(self, task: PassTask, store: Store, emit: Callable[[dict], None]) -> None:
         self.task, self.store, self.cache, self.emit = task, store, ActionCache(store), emit
         self.tally = Tally()
+        # Taken before the first read: what is read of a file that changes meanwhile is recorded under the old identity.
+        self.identities = [f.identity() for f in task.files]
         self.free: queue.Queue[_Slot] = queue.Queue()
         self.ready: queue.Queue[tuple[_Open, _Chunk, Future] | None] = queue.Queue()
         self.failure: BaseException | None = None
@@ -262,6 +264,8 @@ class Pass:
         try:
             for want in task.wants:
                 locks.enter_context(self.store.lock(self._lock_name(task, want), on_wait=self._waiting))
+            if None in digests:  # another build may have read it while this one waited
+                digests = [d or self._recorded(p) for p, d in zip(task.pieces, digests, strict=True)]
             todo = [w for w in task.wants if None in digests or not self._reuse(w, digests)]
             if not todo:
                 locks.close()
@@ -291,9 +295,13 @@ class Pass:
         self._record(piece, digest)
         return digest
 
+    def _recorded(self, piece: Piece) -> Digest | None:
+        found = self.store.source_digest(self.identities[piece.file], piece.offset)
+        return found if found is not None and found.size == piece.nbytes else None
+
     def _record(self, piece: Piece, digest: Digest) -> None:
         if piece.data is None:
-            self.store.put_source_digest(self.task.files[piece.file].identity(), piece.offset, digest)
+            self.store.put_source_digest(self.identities[piece.file], piece.offset, digest)
 
     def _read(self, reader: Reader, piece: Piece, start: int, into: memoryview) -> None:
         began = time.monotonic()
@@ -337,7 +345,7 @@ class Pass:
     def _checked(self, piece: Piece, digest: Digest) -> Digest:
         if piece.digest is not None and piece.digest != digest:
             path = self.task.files[piece.file].path if piece.data is None else piece.name
-            self.store.forget_source(self.task.files[piece.file].identity())
+            self.store.forget_source(self.identities[piece.file])
             fact = f"{piece.name} changed although its size and times did not"
             raise InputError(str(path), fact, "run again: the old record is dropped and the file is hashed anew")
         self._record(piece, digest)

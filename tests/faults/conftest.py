@@ -36,7 +36,9 @@ class Space:
         return [*base, f"store.dir={self.store}", f"out={self.out}", "format=json"]
 
     def run(self, *words: str, target: str = "q4_k_m", code: int = 0) -> dict[str, Any]:
-        done = subprocess.run(self.command(*words, target=target), env=self.env, capture_output=True, text=True, cwd=self.root)
+        done = subprocess.run(
+            self.command(*words, target=target), env=self.env, capture_output=True, text=True, cwd=self.root
+        )
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return json.loads(done.stdout) if done.stdout.strip() else {}
 
@@ -63,3 +65,9 @@ class Space:
 @pytest.fixture
 def space(tmp_path: Path) -> Space:
     return Space(tmp_path)
+
+
+@pytest.fixture
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Space:
+    """A second space with a store of its own."""
+    return Space(tmp_path_factory.mktemp("elsewhere"))

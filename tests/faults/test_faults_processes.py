@@ -8,9 +8,9 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from faults.conftest import Space
 
 
 def digest_of(result: dict, target: str = "q4_k_m") -> str:
@@ -18,11 +18,12 @@ def digest_of(result: dict, target: str = "q4_k_m") -> str:
 
 
 @pytest.fixture
-def right(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return digest_of(Space(tmp_path_factory.mktemp("right")).run())
+def right(elsewhere: Any) -> str:
+    """The digest an undisturbed build gives."""
+    return digest_of(elsewhere.run())
 
 
-def test_killed_builds_leave_nothing_wrong_and_the_next_one_goes_on(space: Space, right: str) -> None:
+def test_killed_builds_leave_nothing_wrong_and_the_next_one_goes_on(space: Any, right: str) -> None:
     rng = random.Random(7)
     for _ in range(4):
         space.kill_after(rng.uniform(0.4, 2.0))
@@ -33,7 +34,7 @@ def test_killed_builds_leave_nothing_wrong_and_the_next_one_goes_on(space: Space
 
 
 @pytest.mark.slow
-def test_kill_9_at_many_random_moments_then_one_build_is_byte_equal(space: Space, right: str) -> None:
+def test_kill_9_at_many_random_moments_then_one_build_is_byte_equal(space: Any, right: str) -> None:
     rng = random.Random(11)
     killed = sum(space.kill_after(rng.uniform(0.2, 2.5)) for _ in range(25))
     assert killed > 5
@@ -41,7 +42,7 @@ def test_kill_9_at_many_random_moments_then_one_build_is_byte_equal(space: Space
 
 
 @pytest.mark.parametrize("builds", [2, 4])
-def test_builds_at_once_on_one_store_do_each_action_once(space: Space, right: str, builds: int) -> None:
+def test_builds_at_once_on_one_store_do_each_action_once(space: Any, right: str, builds: int) -> None:
     processes = [space.start() for _ in range(builds)]
     results = [json.loads(p.communicate()[0]) for p in processes]
     assert [p.returncode for p in processes] == [0] * builds
@@ -49,20 +50,21 @@ def test_builds_at_once_on_one_store_do_each_action_once(space: Space, right: st
     assert sum(r["totals"]["computed"] for r in results) == 29
 
 
-def test_builds_of_different_targets_at_once_share_their_tensors(space: Space) -> None:
+def test_builds_of_different_targets_at_once_share_their_tensors(space: Any, elsewhere: Any) -> None:
     processes = [space.start(target=t) for t in ("q4_k_m", "q4_k_s")]
     results = [json.loads(p.communicate()[0]) for p in processes]
     assert [p.returncode for p in processes] == [0, 0]
-    alone = Space(space.root / "alone")
-    expected = alone.run(target="target=[gguf/q4_k_m,gguf/q4_k_s]")
+    expected = elsewhere.run(target="target=[gguf/q4_k_m,gguf/q4_k_s]")
     assert sum(r["totals"]["computed"] for r in results) == expected["totals"]["computed"]
 
 
-def test_a_killed_worker_is_reported_with_predicted_and_observed_memory(space: Space, right: str) -> None:
+def test_a_killed_worker_is_reported_with_predicted_and_observed_memory(space: Any, right: str) -> None:
     source = "import os, signal; from qbuild.actions import stream; stream.Pass.run = lambda self: os.kill(os.getpid(), signal.SIGKILL)"
     hook = space.root / "hook"
     hook.mkdir()
-    (hook / "sitecustomize.py").write_text(f"import sys\nif any('qbuild.worker' in a for a in sys.orig_argv):\n    {source}\n")
+    (hook / "sitecustomize.py").write_text(
+        f"import sys\nif any('qbuild.worker' in a for a in sys.orig_argv):\n    {source}\n"
+    )
     space.env["PYTHONPATH"] = str(hook)
     error = space.run(code=1)["error"]
     assert "SIGKILL" in error["fact"]
@@ -87,7 +89,7 @@ def flip(path: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("link", ["hardlink", "copy"])
-def test_flipped_byte_in_the_store_is_found_and_never_served(space: Space, right: str, link: str) -> None:
+def test_flipped_byte_in_the_store_is_found_and_never_served(space: Any, right: str, link: str) -> None:
     space.run(f"store.link={link}")
     blob = max((space.store / "blobs").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     flip(blob, blob.stat().st_size // 2)
@@ -98,7 +100,7 @@ def test_flipped_byte_in_the_store_is_found_and_never_served(space: Space, right
 
 
 @pytest.mark.parametrize("link", ["hardlink", "copy"])
-def test_flipped_byte_in_an_output_is_found_and_mended(space: Space, right: str, link: str) -> None:
+def test_flipped_byte_in_an_output_is_found_and_mended(space: Any, right: str, link: str) -> None:
     space.run(f"store.link={link}")
     flip(space.output(), space.output().stat().st_size // 2)
     assert space.run("verify", code=1)["problems"]
@@ -108,7 +110,7 @@ def test_flipped_byte_in_an_output_is_found_and_mended(space: Space, right: str,
     assert blake3.blake3(space.output().read_bytes()).hexdigest() == right.split("/")[0]
 
 
-def test_damaged_tensor_slice_is_computed_again_not_copied(space: Space, right: str) -> None:
+def test_damaged_tensor_slice_is_computed_again_not_copied(space: Any, right: str) -> None:
     space.run(target="q4_k_s")
     flip(space.output("Q4_K_S"), space.output("Q4_K_S").stat().st_size // 2)
     assert digest_of(space.run()) == right
@@ -116,7 +118,12 @@ def test_damaged_tensor_slice_is_computed_again_not_copied(space: Space, right: 
 
 def small_tmpfs(folder: Path, size: str) -> bool:
     folder.mkdir()
-    return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 @pytest.fixture
@@ -135,14 +142,14 @@ def mounted(tmp_path: Path):
         subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
-def test_disk_too_small_is_refused_before_anything_is_written(space: Space, mounted) -> None:
+def test_disk_too_small_is_refused_before_anything_is_written(space: Any, mounted) -> None:
     space.store = mounted("1m") / "store"
     error = space.run(code=3)["error"]
     assert "disk" in error["fact"]
     assert not list(space.store.rglob("*.gguf"))
 
 
-def test_disk_that_fills_up_fails_clearly_and_the_next_run_goes_on(space: Space, mounted, right: str) -> None:
+def test_disk_that_fills_up_fails_clearly_and_the_next_run_goes_on(space: Any, mounted, right: str) -> None:
     folder = mounted("6m")
     space.store, ballast = folder / "store", folder / "ballast"
     ballast.write_bytes(bytes(5 << 20))
@@ -152,7 +159,7 @@ def test_disk_that_fills_up_fails_clearly_and_the_next_run_goes_on(space: Space,
     assert digest_of(space.run()) == right
 
 
-def test_read_only_store_says_what_to_do(space: Space, mounted) -> None:
+def test_read_only_store_says_what_to_do(space: Any, mounted) -> None:
     folder = mounted("16m")
     space.store = folder / "store"
     space.run(target="q8_0")
@@ -161,7 +168,7 @@ def test_read_only_store_says_what_to_do(space: Space, mounted) -> None:
     assert "store.dir=" in error["remedy"]
 
 
-def test_out_that_cannot_be_written_says_what_to_do(space: Space) -> None:
+def test_out_that_cannot_be_written_says_what_to_do(space: Any) -> None:
     space.out = space.root / "file"
     space.out.write_text("not a folder")
     error = space.run(code=2)["error"]
