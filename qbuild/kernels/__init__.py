@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qbuild.ggml import QTYPES
+from qbuild.ggml import QTYPES, QType
 
 __all__ = [
     "MODULES", "NEEDS_IMATRIX", "cast_into", "dequantize", "first_nonfinite", "invalid_blocks", "quantize",
@@ -52,6 +52,7 @@ _SCALES: dict[str, tuple[int, ...]] = {
     "Q6_K": (208,),
     "TQ1_0": (52,),
     "TQ2_0": (64,),
+    **dict.fromkeys(("MXFP4", "NVFP4", "IQ1_M"), ()),  # no float16 in one place: see _bad_scales
 }
 
 
@@ -131,10 +132,10 @@ def invalid_blocks(out: np.ndarray, type: str) -> int | None:  # noqa: A002
     """The first block (counted over all rows) whose scale is NaN or infinite, or None. llama-quantize stops there."""
     if type in _KINDS:
         at = import_module("qbuild.kernels.cast").first_nonfinite(
-            _bytes(out), _KINDS[type], out.size // _qtype(type).nbytes
+            _bytes(out), _KINDS[type], out.size // _stored(type).nbytes
         )
         return None if at < 0 else at
-    blocks = out.reshape(-1, _qtype(type).nbytes)
+    blocks = out.reshape(-1, _stored(type).nbytes)
     for at in range(0, len(blocks), 1 << 14):
         bad = _bad_scales(blocks[at : at + (1 << 14)], type)
         if bad.any():
@@ -148,7 +149,7 @@ def _bad_scales(blocks: np.ndarray, type: str) -> np.ndarray:  # noqa: A002
     if type == "IQ1_M":  # the float16 is spread over the top nibbles of four words
         return (blocks[:, 55] & 0x70 == 0x70) & (blocks[:, 53] & 0xC0 == 0xC0)
     bad = np.zeros(len(blocks), bool)
-    for at in _SCALES.get(type, ()):
+    for at in _SCALES[type]:
         bad |= blocks[:, at + 1] & 0x7C == 0x7C
     return bad
 
@@ -166,7 +167,13 @@ def warm(types: Any, dtype: str = "F32", imatrix: bool = True) -> None:
         first_nonfinite(x)
 
 
-def _qtype(name: str) -> Any:
+def _stored(name: str) -> QType:
+    if name not in _SCALES and name not in _KINDS:
+        raise ValueError(f"blocks of {name} are not checked; those of {', '.join([*_KINDS, *_SCALES])} are")
+    return QTYPES[name]
+
+
+def _qtype(name: str) -> QType:
     if name not in MODULES and name not in _KINDS:
         raise ValueError(f"no quantizer for {name}; there are {', '.join([*_KINDS, *MODULES])}")
     return QTYPES[name]

@@ -28,7 +28,9 @@ Inside ``@inline`` or ``@kernel`` functions (v, w: Vec of one shape; s: Python o
 from __future__ import annotations
 
 import operator
+import sys
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.core import caching, cgutils
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 from numba.np import arrayobj
 
@@ -51,15 +54,21 @@ _ELEMENTS = {
 # No reference counts: passing an array to an inlined function would cost two atomic operations.
 _JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False, "_nrt": False}
 
+_PACKAGE = __name__.rpartition(".")[0] + "."
+_NAMED = (FunctionType, Dispatcher, type)  # what knows its module
+
 inline = njit(inline="always", **_JIT)
 
 
 def kernel(function: Any) -> Any:
-    """Compile an entry point and keep it in numba's disk cache until any source file of this package changes."""
-    compiled = njit(cache=True, **_JIT)(function)
+    """Compile an entry point and keep it in numba's disk cache until a source file it is made from changes."""
+    try:
+        compiled = njit(cache=True, **_JIT)(function)
+    except RuntimeError:  # no folder for a cache can be written
+        return njit(**_JIT)(function)
     try:
         # numba stamps a cache with the file of the entry point alone; an edit of what it inlines would go unnoticed.
-        compiled._cache._cache_file._source_stamp = _sources()
+        compiled._cache._cache_file._source_stamp = _sources(function)
     except AttributeError:
         compiled._cache = caching.NullCache()
     return compiled
@@ -70,9 +79,16 @@ def host_lanes() -> int:
     return 64 if get_host_cpu_features().get("avx512f") else 32
 
 
-def _sources() -> tuple[tuple[str, int, int], ...]:
-    stats = ((p.name, p.stat()) for p in sorted(Path(__file__).parent.glob("*.py")))
-    return tuple((name, s.st_mtime_ns, s.st_size) for name, s in stats)
+def _sources(function: Any) -> tuple[tuple[str, int, int], ...]:
+    """Stamps of the files a kernel is made from: its module and, through what they import, this package's others."""
+    names, found = [function.__module__], {}
+    while names:
+        name = names.pop()
+        if name not in found and (name == function.__module__ or name.startswith(_PACKAGE)):
+            module = sys.modules[name]
+            found[name] = Path(str(module.__file__)).stat()
+            names += [value.__module__ for value in vars(module).values() if isinstance(value, _NAMED)]
+    return tuple((name, found[name].st_mtime_ns, found[name].st_size) for name in sorted(found))
 
 
 class Vec(types.Type):  # type: ignore[misc]

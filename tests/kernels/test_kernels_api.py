@@ -38,9 +38,10 @@ def test_second_process_loads_kernels_and_an_edited_helper_recompiles_them(tmp_p
     shutil.copytree(Path(qbuild.__file__).parent, root / "qbuild", ignore=shutil.ignore_patterns("__pycache__"))
     assert run(root, WARM, tmp_path / "cache") == "hits 0\n"
     assert run(root, WARM, tmp_path / "cache") == "hits 1\n"
-    helper = root / "qbuild" / "kernels" / "simd.py"
-    helper.write_text(helper.read_text() + "\n")
-    assert run(root, WARM, tmp_path / "cache") == "hits 0\n"
+    for edited, hits in (("affine.py", 1), ("simd.py", 0)):
+        helper = root / "qbuild" / "kernels" / edited
+        helper.write_text(helper.read_text() + "\n")
+        assert run(root, WARM, tmp_path / "cache") == f"hits {hits}\n"
 
 
 def test_read_only_weights_share_the_kernel():
@@ -53,6 +54,25 @@ def test_read_only_weights_share_the_kernel():
         assert (kernels.quantize(x, "Q4_0", imatrix) == kernels.quantize(x.copy(), "Q4_0", imatrix)).all()
     assert len(legacy._round.signatures) == 1
     assert len(legacy._fit.signatures) == 1
+
+
+def test_no_folder_for_a_cache_is_no_error(monkeypatch):
+    from numba.core import caching
+
+    simd = import_module("qbuild.kernels.simd")
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+
+    def double(x):
+        return x + x
+
+    assert simd.kernel(double)(4) == 8
+
+
+def test_weights_at_an_odd_address():
+    x = np.random.default_rng(0).standard_normal((2, 256)).astype(np.float32)
+    shifted = np.frombuffer(b"." + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+    assert not shifted.flags.aligned
+    assert (kernels.quantize(shifted, "Q6_K") == kernels.quantize(x, "Q6_K")).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
