@@ -5,6 +5,8 @@ Hydra finds this module in every application of the environment; it only adds th
 
 from __future__ import annotations
 
+import builtins
+
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult
@@ -44,10 +46,10 @@ class RecipeSource(FileConfigSource):
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         if config_path.strip("/") == "":
             return [] if results_filter == ObjectType.CONFIG else [GROUP]
-        return super().list(_list_path(config_path), results_filter)
+        return super().list(_inside(config_path) or "", results_filter)
 
     def _list_add_result(
-        self, files: list[str], file_path: str, file_name: str, results_filter: ObjectType | None
+        self, files: builtins.list[str], file_path: str, file_name: str, results_filter: ObjectType | None
     ) -> None:
         super()._list_add_result(files, f"{GROUP}/{file_path}", file_name, results_filter)
 
@@ -56,7 +58,3 @@ def _inside(config_path: str) -> str | None:
     """The path below the folder; None for another group's."""
     head, _, rest = config_path.strip("/").partition("/")
     return rest if head == GROUP else None
-
-
-def _list_path(config_path: str) -> str:
-    return _inside(config_path) or ""

@@ -39,7 +39,9 @@ def answer(argv: list[str], cwd: str) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def record(argv: list[str], cwd: str, inputs: Iterable[str], outputs: Iterable[str], stdout: str, began_ns: int) -> bool:
+def record(
+    argv: list[str], cwd: str, inputs: Iterable[str], outputs: Iterable[str], stdout: str, began_ns: int
+) -> bool:
     """Keep an answer. ``inputs`` were read after ``began_ns``: one changed near or after that makes it worthless.
 
     An input that does not exist is recorded as missing. Failing to record is not an error.

@@ -90,7 +90,7 @@ def error(document: Document) -> str:
     head = f"{document['place']}: {document['fact']}" if document["place"] else document["fact"]
     lines = [f"qbuild: {head}"]
     for line in document["remedy"].splitlines():
-        lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False) or [""]
+        lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
     return _text(lines)
 
 

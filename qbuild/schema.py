@@ -73,12 +73,13 @@ def _file_part(value: Any, place: str) -> None:
 
 def _tensor_types(value: Any, place: str) -> None:
     for pattern, type_ in value.items():
+        where = f"{place}.{pattern}"
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"{place}.{pattern}", f"is not a regular expression: {error}", "e.g. attn_v=Q8_0") from None
+            raise ConfigError(where, f"is not a regular expression: {error}", "e.g. attn_v: Q8_0") from None
         if type_ not in QTYPES:
-            raise ConfigError(f"{place}.{pattern}", f"{type_!r} is not a tensor type", close(str(type_), QTYPES))
+            raise ConfigError(where, f"{type_!r} is not a tensor type", close(str(type_), QTYPES))
 
 
 SIZE, COUNT = {"check": _size}, {"check": _count}
@@ -214,10 +215,10 @@ def keys(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def sections() -> dict[str, list[str]]:
-    """The keys below each key of Config that has some."""
-    hints = typing.get_type_hints(Config)
-    return {name: keys(hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+def sections() -> dict[str, type]:
+    """The keys of Config that hold keys themselves, with their dataclasses."""
+    hints: dict[str, type] = typing.get_type_hints(Config)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
 
 
 def _value(value: Any, hint: Any, place: str) -> Any:

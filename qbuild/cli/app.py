@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 from qbuild import __version__, fastpath, machine, progress, render
 from qbuild.cli import args as arguments
 from qbuild.cli import compose, nullbuild
-from qbuild.cli.args import Args
 from qbuild.cli.compose import Composer, Job
 from qbuild.cli.verbs import VERBS, Request
 from qbuild.errors import ConfigError, InputError, Interrupted, QbuildError

@@ -74,7 +74,7 @@ class Composer:
             return [_job(loader.load_sweep_config(master, words)) for batch in batches for words in batch]
 
     def launch(self, task: Task) -> list[tuple[tuple[str, ...], Any]]:
-        """A multirun through the user's sweeper and launcher: overrides and outcomes. Jobs may run in other processes."""
+        """A multirun through the user's sweeper and launcher, perhaps in other processes: overrides and outcomes."""
         with translated(self.overrides, self.names):
             found = self.hydra.multirun(PRIMARY, _Launched(task), self.overrides, with_log_configuration=False)
         batches = found if isinstance(found, list) else []
@@ -88,7 +88,8 @@ class Composer:
                 try:
                     self.hydra.show_cfg(PRIMARY, self.overrides, args.options["cfg"], package, resolve)
                 except SystemExit:  # how Hydra says that there is no such package
-                    raise ConfigError("--package", f"there is no {package!r}", schema.close(str(package), PACKAGES)) from None
+                    remedy = schema.close(str(package), PACKAGES)
+                    raise ConfigError("--package", f"there is no {package!r}", remedy) from None
             elif "info" in args.options:
                 self.hydra.show_info(args.options["info"], PRIMARY, self.overrides)
             else:

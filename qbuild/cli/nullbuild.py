@@ -14,7 +14,7 @@ __all__ = ["as_null", "inputs", "outputs"]
 
 
 def inputs(config: schema.Config, folders: tuple[Path, ...]) -> list[str] | None:
-    """Configuration and source files; None where a file's stat cannot tell that nothing changed (a model on the Hub)."""
+    """Configuration and source files; None where stats cannot tell that nothing changed (a model on the Hub)."""
     source = _source(config.model.source or "")
     if source is None or config.rebuild:
         return None
@@ -24,6 +24,8 @@ def inputs(config: schema.Config, folders: tuple[Path, ...]) -> list[str] | None
 
 
 def _source(source: str) -> list[Path] | None:
+    if not source:
+        return None
     if source.startswith("pkg://"):
         package, _, inside = source.removeprefix("pkg://").partition("/")
         spec = importlib.util.find_spec(package)

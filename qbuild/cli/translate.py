@@ -11,6 +11,9 @@ from qbuild.errors import ConfigError
 
 __all__ = ["translated"]
 
+NOISE = r"raised while composing|Error merging|_(key|type): ?|_type="
+YAML_REMEDY = "check indentation and quotes"
+
 Names = Callable[[str], list[str]]  # what can be chosen in a config group
 
 
@@ -30,9 +33,9 @@ def translated(overrides: list[str], names: Names) -> Iterator[None]:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{mark.name}:{mark.line + 1}" if mark else "configuration"
-        raise ConfigError(place, f"is not YAML: {error.problem or error.context}", "check indentation and quotes") from None
+        raise ConfigError(place, f"is not YAML: {error.problem or error.context}", YAML_REMEDY) from None
     except YAMLError as error:
-        raise ConfigError("configuration", f"is not YAML: {error}", "check indentation and quotes") from None
+        raise ConfigError("configuration", f"is not YAML: {error}", YAML_REMEDY) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise _composition(error, overrides) from None
     except ValueError as error:
@@ -77,11 +80,12 @@ def _composition(error: Exception, overrides: list[str]) -> ConfigError:
         return ConfigError(found[1], "several values for one setting", remedy)
     if key is not None and re.search(r"Key '[^']+' (not in|is not in struct)", text):
         return _unknown(key[1], where + key[1])
-    if key is not None and key[1] in schema.sections():
-        names = ", ".join(f"{key[1]}.{name}" for name in schema.sections()[key[1]])
-        return ConfigError(where + key[1], "is a group of keys, not a value", names)
+    if (found := re.search(r"is not a subclass of (\w+)", text)) is not None:
+        section = next((s for s, node in schema.sections().items() if node.__name__ == found[1]), "configuration")
+        names = ", ".join(f"{section}.{name}" for name in schema.keys(schema.sections().get(section, schema.Config)))
+        return ConfigError(where + section, "is a group of keys, not a value", names)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    facts = [line for line in lines if not re.search(r"raised while composing|Error merging|_(key|type): ?|_type=", line)]
+    facts = [line for line in lines if not re.search(NOISE, line)]
     fact = facts[0] if facts else type(error).__name__
     rest = "\n".join(line for line in facts[1:] if line not in fact) if key is None else ""
     return ConfigError(where + (key[1] if key else "configuration"), fact[:1].lower() + fact[1:], rest)
@@ -98,7 +102,7 @@ def _unknown(key: str, place: str) -> ConfigError:
         known = schema.close(wrong, schema.keys(schema.GgufTarget))
         remedy = f"{known}\nand targets.{name} is there only once target=… has chosen it"
     elif rest and head in sections:
-        remedy = schema.close(rest, sections[head])
+        remedy = schema.close(rest, schema.keys(sections[head]))
     else:
         remedy = schema.close(head, [*schema.keys(schema.Config), "target"])
     return ConfigError(place, "there is no such key", remedy)

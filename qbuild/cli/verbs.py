@@ -127,7 +127,8 @@ def report(request: Request) -> Answer:
         try:
             builds[str(folder)] = json.loads(path.read_text())
         except OSError as error:
-            raise InputError(str(path), f"cannot be read: {error.strerror}", "name a build's folder: out=DIRECTORY") from None
+            remedy = "name a build's folder: out=DIRECTORY"
+            raise InputError(str(path), f"cannot be read: {error.strerror}", remedy) from None
         except ValueError:
             raise InputError(str(path), "is not JSON", "build again to write it anew") from None
     text = "\n".join(f"{folder}\n{render.result(document)}" for folder, document in builds.items())

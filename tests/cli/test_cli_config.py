@@ -1,0 +1,173 @@
+"""Configuration as a user meets it: recipes, targets, overrides, and what is said when one is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Run
+
+from qbuild import schema
+from qbuild.cli import compose
+from qbuild.cli.args import read
+from qbuild.cli.compose import Job
+from qbuild.cli.verbs import VERBS
+from qbuild.errors import ConfigError
+from qbuild.ggml import FILE_TYPES
+
+CONF, RECIPES = compose.packaged()
+
+
+def composed(*argv: str) -> Job:
+    with compose.opened(read(list(argv), {name: verb.words for name, verb in VERBS.items()}), Path.cwd()) as composer:
+        return composer.job()
+
+
+def test_every_file_type_is_a_target() -> None:
+    files = {path.stem: yaml.safe_load(path.read_text())["ftype"] for path in (CONF / "target" / "gguf").iterdir()}
+    assert files == {name.lower(): name for name in FILE_TYPES}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.iterdir()))
+def test_every_packaged_recipe_composes(project: Path, name: str) -> None:
+    config = composed(f"+recipe={name}").config
+    assert config.model.source
+    assert config.targets
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").iterdir()))
+def test_every_packaged_model_can_be_planned_with_nothing_downloaded(project: Path, name: str) -> None:
+    config = composed(f"model={name}").config.model.config
+    assert config is not None
+    assert config["architectures"]
+    assert {type(config[key]) for key in ("hidden_size", "num_hidden_layers", "vocab_size")} == {int}
+    assert type(config["rms_norm_eps"]) is float
+
+
+def test_nothing_packaged_reads_the_environment() -> None:
+    for path in [*CONF.rglob("*.yaml"), *RECIPES.rglob("*.yaml")]:
+        assert "oc.env" not in path.read_text(), path
+
+
+def test_targets_land_under_their_names_and_can_be_overridden(project: Path) -> None:
+    config = composed("target=[gguf/q4_k_m,gguf/q8_0]", "targets.q8_0.output_type=F16").config
+    assert list(config.targets) == ["q4_k_m", "q8_0"]
+    assert config.targets["q4_k_m"] == schema.GgufTarget(ftype="Q4_K_M")
+    assert config.targets["q8_0"] == schema.GgufTarget(ftype="Q8_0", output_type="F16")
+
+
+def test_a_command_line_overrides_the_target_of_a_recipe(project: Path) -> None:
+    assert list(composed("+recipe=llama7b_q4", "target=gguf/q8_0").config.targets) == ["q8_0"]
+
+
+def test_tensor_types_keep_their_order_and_may_hold_dots(project: Path) -> None:
+    types = r"targets.q4_k_m.tensor_types={blk\.0\.ffn: Q6_K, attn_v: Q8_0}"
+    target = composed("target=gguf/q4_k_m", types).config.targets["q4_k_m"]
+    assert isinstance(target, schema.GgufTarget)
+    assert list(target.tensor_types.items()) == [(r"blk\.0\.ffn", "Q6_K"), ("attn_v", "Q8_0")]
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_a_recipe_of_the_project_needs_no_header_and_shadows_a_packaged_one(project: Path) -> None:
+    write(project / "recipes" / "llama7b_q4.yaml", "model:\n  source: mine\n")
+    write(project / "recipes" / "deep" / "er.yaml", "defaults:\n  - override /target: gguf/q8_0\n")
+    assert composed("+recipe=llama7b_q4").config.model.source == "mine"
+    assert list(composed("+recipe=deep/er").config.targets) == ["q8_0"]
+
+
+def test_a_target_and_a_model_of_the_project(project: Path) -> None:
+    write(project / "conf" / "target" / "gguf" / "mine.yaml", "# @package targets.mine\nftype: Q4_K_S\nsuffix: mine\n")
+    write(project / "conf" / "model" / "own.yaml", "source: ./own\n")
+    config = composed("target=gguf/mine", "model=own").config
+    assert config.targets == {"mine": schema.GgufTarget(ftype="Q4_K_S", suffix="mine")}
+    assert config.model.source == "./own"
+
+
+def test_the_conf_of_another_hydra_program_is_no_obstacle(project: Path) -> None:
+    write(project / "conf" / "config.yaml", "defaults:\n  - optimizer: adam\nlr: 0.1\n")
+    assert composed("model.source=x").config.model.source == "x"
+
+
+def test_values_from_outside_are_noticed(project: Path) -> None:
+    write(project / "recipes" / "env.yaml", "model:\n  source: ${oc.env:HOME}\n")
+    assert composed("+recipe=env").volatile
+    assert not composed("+recipe=llama7b_q4", "out=${model.name}").volatile
+
+
+def test_nothing_of_a_configuration_can_be_changed(project: Path) -> None:
+    config = composed("+recipe=llama7b_q4").config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.out = "elsewhere"  # type: ignore[misc]
+
+
+BROKEN = {
+    "typo": ("modle:\n  source: x\n", "did you mean model?"),
+    "nested": ("model:\n  sorce: x\n", "did you mean source?"),
+    "field": ("targets:\n  x:\n    ftpe: Q8_0\n", "did you mean ftype?"),
+    "value": ("targets:\n  x:\n    ftype: q8_0\n", "did you mean Q8_0"),
+    "format": ("targets:\n  x:\n    format: ggfu\n", "did you mean gguf?"),
+    "choice": ("defaults:\n  - override /model: llama7c\n", "did you mean llama7b"),
+    "boolean": ("keep_going: maybe\n", ""),
+    "section": ("budget: 16GiB\n", "budget.ram"),
+    "size": ("budget:\n  ram: 16 gigs\n", "16GiB"),
+    "pattern": ("targets:\n  x:\n    tensor_types:\n      '(': Q8_0\n", "attn_v: Q8_0"),
+    "syntax": ("model: [\n", "indentation"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_mistake_in_a_file_is_an_error_with_a_way_out(project: Path, qbuild: Run, name: str) -> None:
+    text, hint = BROKEN[name]
+    write(project / "recipes" / f"{name}.yaml", text)
+    done = qbuild("plan", f"+recipe={name}", "format=json")
+    assert done.code == done.error["exit_code"] == 2
+    assert done.error["place"]
+    assert hint in done.error["remedy"]
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("modle.source=x", "did you mean model?"),
+        ("model.sorce=x", "did you mean source?"),
+        ("tagret=gguf/q4_k_m", "did you mean target"),
+        ("target=gguf/q4_k_x", "gguf/q4_k_m"),
+        ("target=q4_k_m", "did you mean gguf/q4_k_m?"),
+        ("target=gguf/q4_k_m,gguf/q8_0", "target=[gguf/q4_k_m,gguf/q8_0]"),
+        ("recipe=llama7b_q4", "+recipe=llama7b_q4"),
+        ("+recipe=llama7b_q5", "did you mean llama7b_q4"),
+        ("+recipe=", "llama7b_q4"),
+        ("model=llama7c", "did you mean llama7b"),
+        ("calibration.samples=abc", ""),
+        ("store.link=symlink", "hardlink"),
+        ("budget.ram=[", "target=["),
+        ("+nope=1", "choices"),
+        ("=3", ""),
+        ("out=${nope}", ""),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_an_error_with_a_way_out(qbuild: Run, override: str, hint: str) -> None:
+    done = qbuild("plan", override, "format=json")
+    assert done.code == done.error["exit_code"] == 2
+    assert done.error["fact"]
+    assert hint in done.error["remedy"]
+    assert "Traceback" not in done.err
+
+
+def test_the_schema_and_the_keys_of_hydra_are_the_same(project: Path) -> None:
+    config = composed("target=gguf/q4_k_m").config
+    assert config == schema.Config(targets={"q4_k_m": schema.GgufTarget()})
+
+
+def test_a_value_has_one_spelling() -> None:
+    with pytest.raises(ConfigError):
+        schema.parse({"targets": {"x": {"ftype": "q4_k_m"}}})
+    with pytest.raises(ConfigError):
+        schema.parse({"keep_going": "true"})

@@ -1,0 +1,152 @@
+"""What people see: tables and progress, at 80 columns and without colour."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+
+from qbuild import render
+from qbuild.progress import Lines, Live, Messages, Sink, Status, duration, sink
+
+STATUS = Status(120, 291, 5 << 30, 12 << 30, 145.4e6, 51.0, 5 << 30, 8 << 30, "disk", "blk.3.attn_k.weight")
+
+
+def target(name: str, state: str = "run", **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name, "path": f"/somewhere/outputs/Llama-2-7b/Llama-2-7b-{name.upper()}.gguf", "bytes": 4081004224,
+        "exact": False, "bits_per_weight": 4.845, "weights": 6738415616, "verdict": {"state": state, "why": "stored"},
+        "types": {"Q4_K": [193, 3 << 30], "Q6_K": [33, 900 << 20], "F32": [65, 1 << 20]},
+        "verdicts": {state: 291}, "seconds": 58.0,
+    } | changes  # fmt: skip
+
+
+def planned(*targets: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": {"name": "Llama-2-7b", "source": "meta-llama/Llama-2-7b-hf"},
+        "out": "/somewhere/outputs/Llama-2-7b",
+        "budget": {"ram": 16 << 30, "vram": 0, "disk": 80 << 30, "threads": 8},
+        "predicted": {"ram": 400 << 20, "vram": 0, "disk": 4 << 30, "read_bytes": 12 << 30, "seconds": 58.0},
+        "strategy": {"chunk_bytes": 1 << 23, "threads": 8},
+        "targets": {t["name"]: t for t in targets},
+    }
+
+
+def test_a_plan_says_sizes_needs_and_time() -> None:
+    text = render.plan(planned(target("q4_k_m"), target("q5_k_m", exact=True)))
+    assert "q4_k_m  ~3.8 GiB  4.84" in text or "q4_k_m  ~3.8 GiB  4.85" in text
+    assert "q5_k_m   3.8 GiB" in text
+    assert "Q4_K 3.0 GiB in 193, Q6_K 900.0 MiB in 33, F32 1.0 MiB in 65" in text
+    assert "reads 12.0 GiB, about 58 s" in text
+    assert text.isascii()
+
+
+def test_a_plan_with_nothing_to_do_says_so() -> None:
+    text = render.plan(planned(target("q4_k_m", "hit")))
+    assert text.endswith("nothing to do\n")
+    assert "budget" not in text
+
+
+def test_tables_fit_80_columns() -> None:
+    text = render.plan(planned(target("q4_k_m"), target("iq2_xxs")))
+    paths = [line for line in text.splitlines() if "/somewhere" in line]
+    assert max(len(line) for line in text.splitlines() if line not in paths) <= 80
+
+
+def result(**verdicts: int) -> dict[str, Any]:
+    made = {"path": "x.gguf", "digest": "d/1", "bytes": 100 << 20, "bits_per_weight": 6.27, "verdicts": verdicts}
+    made |= {"seconds": 12.3, "peak_ram": 300 << 20, "predicted_ram": 320 << 20}
+    ran = verdicts.get("run", 0)
+    totals = {"computed": ran, "reused": 0, "read_bytes": 92 << 20, "written_bytes": 99 << 20, "wall_seconds": 14.2}
+    return {"targets": {"q4_k_m": made}, "totals": totals}
+
+
+def test_a_result_shows_predicted_beside_measured_memory() -> None:
+    text = render.result(result(run=260, hit=12))
+    assert re.fullmatch(r"q4_k_m +100.0 MiB +6.27 +260 +12 +12.3 +300.0 MiB +320.0 MiB", text.splitlines()[1])
+    assert text.endswith("done in 14 s: read 92.0 MiB, wrote 99.0 MiB\n")
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_null_build_says_that_there_was_nothing_to_do() -> None:
+    text = render.result(result(hit=272))
+    assert text.endswith("nothing to do\n")
+    assert text.splitlines()[1].split()[-3:] == ["-", "-", "-"]
+
+
+def test_an_error_is_wrapped_below_its_place_and_fact() -> None:
+    remedy = "did you mean q4_k_m?\nchoices: " + ", ".join(f"gguf/type_{n}" for n in range(40))
+    lines = render.error({"place": "target=x", "fact": "there is none", "remedy": remedy}).splitlines()
+    assert lines[:2] == ["qbuild: target=x: there is none", "  did you mean q4_k_m?"]
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def play(shown: Sink) -> None:
+    shown.message("info", "before")
+    shown.start("tiny → q4_k_m", 291, 12 << 30, 8 << 30)
+    for _ in range(1000):
+        shown.update(STATUS)
+    shown.message("warning", "near the limit")
+    shown.finish()
+
+
+def test_plain_lines_are_few() -> None:
+    stream, now = io.StringIO(), iter(range(10000))
+    play(Lines(stream, clock=lambda: next(now) * 0.01))
+    lines = stream.getvalue().splitlines()
+    assert lines[:2] == ["before", "tiny → q4_k_m: 291 tensors, 12.0 GiB to read"]
+    assert 3 <= len([line for line in lines if "120/291 tensors" in line]) <= 5
+    assert lines[-2:][0] == "warning: near the limit"
+    assert " 42%  120/291 tensors  145 M weights/s  RAM 5.0 GiB of 8.0 GiB  bound by disk  51 s left" in lines
+
+
+def test_json_gets_messages_only() -> None:
+    stream = io.StringIO()
+    play(Messages(stream))
+    assert stream.getvalue() == "before\nwarning: near the limit\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_live_view_shows_everything_and_ends_clean() -> None:
+    stream = Terminal()
+    play(Live(stream))
+    text = stream.getvalue()
+    for fact in ("tiny → q4_k_m", "42%", "120/291 tensors", "145 M weights/s", "5.0 GiB of 8.0 GiB", "disk", "51 s"):
+        assert fact in text
+    assert "warning: near the limit" in text
+
+
+def test_memory_near_the_budget_is_pointed_out() -> None:
+    stream = io.StringIO()
+    lines = Lines(stream, clock=lambda: 0.0)
+    lines.start("t", 1, 1, 100)
+    lines.update(Status(1, 1, 1, 1, 1e6, 0.0, 95, 100, "memory", ""))
+    lines.finish()
+    assert "RAM 95 B of 100 B, near the budget" in stream.getvalue()
+
+
+def test_the_sink_fits_the_stream() -> None:
+    assert type(sink(Terminal(), quiet=False)) is Live
+    assert type(sink(io.StringIO(), quiet=False)) is Lines
+    assert type(sink(Terminal(), quiet=True)) is Messages

@@ -1,0 +1,219 @@
+"""Running commands: exit codes, one JSON document, sweeps, completion, and what a crash looks like.
+
+The engine is replaced here; tests/faults runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+
+from qbuild import errors, schema
+from qbuild.cli import verbs
+from qbuild.progress import Sink
+
+
+def built(config: schema.Config) -> dict[str, Any]:
+    """A build.json as the engine writes it."""
+    target = {
+        "bytes": 1870400,
+        "bits_per_weight": 5.19,
+        "seconds": 0.5,
+        "peak_ram": 9 << 20,
+        "predicted_ram": 9 << 20,
+    } | {"verdicts": {"run": 3}}
+    targets = {
+        name: target | {"path": str(Path("outputs/m", f"m-{name}.gguf").absolute()), "digest": "d/1"}
+        for name in config.targets
+    }
+    totals = {"computed": 3, "reused": 0, "read_bytes": 10, "written_bytes": 10, "seconds": {}, "wall_seconds": 0.5}
+    return {"model": {"name": "m", "source": "x"}, "targets": targets, "totals": totals, "versions": {}}
+
+
+class Engine:
+    """What the fake engine was asked for, and what it is to raise."""
+
+    def __init__(self) -> None:
+        self.configs: list[schema.Config] = []
+        self.error: BaseException | None = None
+        self.only: str | None = None  # fail for this target alone
+
+    def build(self, config: schema.Config, sink: Sink) -> dict[str, Any]:
+        self.configs.append(config)
+        sink.message("info", "building")
+        print("a library that talks")
+        if self.error is not None and self.only in (None, *config.targets):
+            raise self.error
+        return built(config)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    fake = Engine()
+    monkeypatch.setattr(verbs.execute, "build", fake.build)
+    return fake
+
+
+TARGET = ("model.source=x", "target=gguf/q4_k_m")
+
+
+def test_build_is_the_default(qbuild: Run, engine: Engine) -> None:
+    done = qbuild(*TARGET)
+    assert done.code == 0
+    assert "outputs/m/m-q4_k_m.gguf" in done.out
+    assert engine.configs[0].model.source == "x"
+
+
+@pytest.mark.parametrize("argv", [("build",), ()])
+def test_switches_reach_the_configuration(qbuild: Run, engine: Engine, argv: tuple[str, ...]) -> None:
+    qbuild(*argv, *TARGET, "-kB", "-j", "3")
+    config = engine.configs[0]
+    assert (config.keep_going, config.rebuild, config.budget.threads) == (True, True, 3)
+
+
+def test_json_is_one_document_even_where_a_library_prints(qbuild: Run, engine: Engine) -> None:
+    done = qbuild(*TARGET, "format=json")
+    assert done.document["targets"]["q4_k_m"]["bytes"] == 1870400
+    assert "a library that talks" in done.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ActionFailed("a", "b", "c"), 1),
+        (errors.StoreError("a", "b", "c"), 1),
+        (errors.ConfigError("a", "b", "c"), 2),
+        (errors.BudgetRefused("a", "b", "c"), 3),
+        (errors.InputError("a", "b", "c"), 4),
+        (errors.Interrupted("a", "b", "c"), 130),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_each_error_has_its_exit_code_in_text_and_json(
+    qbuild: Run, engine: Engine, error: BaseException, code: int
+) -> None:
+    engine.error = error
+    text, document = qbuild(*TARGET), qbuild(*TARGET, "format=json")
+    assert text.code == document.code == document.error["exit_code"] == code
+    assert "Traceback" not in text.err
+    assert "qbuild: " in text.err
+    assert "a library" in text.out
+
+
+def test_a_bug_says_so_and_shows_where(qbuild: Run, engine: Engine) -> None:
+    engine.error = ZeroDivisionError("division by zero")
+    done = qbuild(*TARGET, "format=json")
+    assert done.code == 1
+    assert done.error["place"] == "BUG"
+    assert "Traceback" in done.err
+    assert "in build" in done.err
+
+
+def test_sigterm_ends_a_build_like_ctrl_c(qbuild: Run, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs.execute, "build", lambda config, sink: os.kill(os.getpid(), signal.SIGTERM))
+    assert qbuild(*TARGET).code == 130
+
+
+def test_a_sweep_runs_every_combination(qbuild: Run, engine: Engine) -> None:
+    done = qbuild("-m", "model.source=x", "target=gguf/q4_k_m,gguf/q8_0", "model.outtype=auto,F16")
+    assert done.code == 0
+    assert [(*c.targets, c.model.outtype) for c in engine.configs] == [
+        ("q4_k_m", "auto"), ("q4_k_m", "F16"), ("q8_0", "auto"), ("q8_0", "F16"),
+    ]  # fmt: skip
+
+
+def test_a_sweep_is_one_json_document(qbuild: Run, engine: Engine) -> None:
+    engine.error, engine.only = errors.InputError("a", "b"), "q8_0"
+    argv = ("-m", "-k", "model.source=x", "target=gguf/q8_0,gguf/q4_k_m", "format=json")
+    done = qbuild(*argv)
+    jobs = done.document["jobs"]
+    assert done.code == 4
+    assert [job["exit_code"] for job in jobs] == [4, 0]
+    assert jobs[0]["error"]["fact"] == "b"
+    assert "target=gguf/q8_0" in jobs[0]["overrides"]
+    assert jobs[1]["result"]["targets"].keys() == {"q4_k_m"}
+
+
+def test_a_sweep_stops_at_the_first_failure_unless_told_to_go_on(qbuild: Run, engine: Engine) -> None:
+    engine.error = errors.InputError("a", "b")
+    assert qbuild("-m", "model.source=x", "target=gguf/q8_0,gguf/q4_k_m").code == 4
+    assert len(engine.configs) == 1
+
+
+def test_no_command_leaves_litter(qbuild: Run, engine: Engine, project: Path) -> None:
+    qbuild(*TARGET)
+    qbuild("-m", "model.source=x", "target=gguf/q8_0,gguf/q4_k_m")
+    qbuild("--cfg", "job")
+    assert list(project.iterdir()) == []
+
+
+def test_a_build_with_dry_run_is_a_plan(qbuild: Run, engine: Engine) -> None:
+    done = qbuild("-n", "model.source=nowhere", "target=gguf/q4_k_m", "format=json")
+    assert done.code == 4  # the plan looked for the model
+    assert engine.configs == []
+
+
+def test_views_of_the_configuration(qbuild: Run) -> None:
+    assert "ftype: Q4_K_M" in qbuild("--cfg", "job", "target=gguf/q4_k_m").out
+    assert qbuild("--cfg", "job", "-p", "budget").out.startswith("# @package budget\nram: auto\n")
+    assert "recipes://" in qbuild("--info", "searchpath").out
+    assert qbuild("--cfg", "job", "-p", "nope").code == 2
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["plan", "-h"], ["--version", "format=json"]])
+def test_help_and_version(qbuild: Run, argv: list[str]) -> None:
+    done = qbuild(*argv)
+    assert done.code == 0
+    assert "qbuild" in done.out or "version" in done.document
+    assert max(map(len, done.out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("qbuild pl", ["plan"]),
+        ("qbuild plan target=gguf/q4_k", ["target=gguf/q4_k_m", "target=gguf/q4_k_s"]),
+        ("qbuild +recipe=tiny", ["+recipe=tiny_q4"]),
+        ("qbuild plan +recipe=tiny_q4 budget.thr", ["budget.threads="]),
+        ("qbuild plan model.so", ["model.source="]),
+        ("qbuild -m model=llama7", ["model=llama70b", "model=llama7b"]),
+    ],
+)
+def test_completion(qbuild: Run, monkeypatch: pytest.MonkeyPatch, line: str, expected: list[str]) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    assert qbuild("-sc", "query=bash").out.split() == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_installed(qbuild: Run, shell: str) -> None:
+    done = qbuild("-sc", f"install={shell}")
+    assert done.code == 0
+    assert "complete" in done.out
+
+
+def test_report_shows_what_builds_left(qbuild: Run, project: Path) -> None:
+    folder = project / "outputs" / "m"
+    folder.mkdir(parents=True)
+    document = built(schema.Config(targets={"q8_0": schema.GgufTarget()}))
+    (folder / "build.json").write_text(json.dumps(document))
+    assert qbuild("report", "format=json").document["builds"]["outputs/m"] == document
+    assert "m-q8_0.gguf" in qbuild("report").out
+    assert qbuild("report", "out=elsewhere").code == 4
+
+
+def test_status_verify_and_gc_of_an_empty_store(qbuild: Run) -> None:
+    assert qbuild("status", "format=json").document["outputs"] == []
+    assert qbuild("verify", "format=json").document["problems"] == []
+    assert qbuild("gc", "-n", "format=json").document["freed"] == 0
+    assert qbuild("gc", "store.limit=lots").code == 2
+
+
+def test_a_working_folder_that_is_gone(qbuild: Run, project: Path) -> None:
+    project.rmdir()
+    assert qbuild("plan", "format=json").code == 4

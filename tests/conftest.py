@@ -1,0 +1,56 @@
+"""Fixtures for every part: a folder to work in that shares no cache with the user's, and the command line in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qbuild.cli import main
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """Standard output as the one JSON document that it must be."""
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return self.document["error"]
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project folder as the working folder, with a cache of its own."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture
+def qbuild(project: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process: ``qbuild("plan", "+recipe=x").code``."""
+
+    def run(*argv: str) -> Done:
+        capfd.readouterr()
+        code = main(list(argv))
+        return Done(code, *capfd.readouterr())
+
+    return run
