@@ -27,14 +27,11 @@ def info(config: schema.Config) -> dict[str, Any]:
     weights = sum(spec.weights for spec in specs)
     types: dict[str, Any] = {}
     for name in FILE_TYPES:
-        needs = False
         try:
             choices = mix.choose(specs, facts, mix.Mix(name))
         except ConfigError:
-            try:
-                choices, needs = mix.choose(specs, facts, mix.Mix(name, has_imatrix=True)), True
-            except ConfigError:
-                continue  # its widths do not fit this model
+            continue  # its blocks do not fit the widths of this model
+        needs = mix.needs_imatrix(choices, mix.Mix(name)) is not None
         nbytes = sum(prod(s.shape[:-1]) * QTYPES[t].row_bytes(s.shape[-1]) for s, t in choices)
         types[name] = {"bytes": nbytes, "bits_per_weight": round(8 * nbytes / weights, 3), "needs_imatrix": needs}
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qbuild import schema
+from qbuild import kernels, schema
 from qbuild.actions import file, metadata, tensor
 from qbuild.arch import convert, mix
 from qbuild.arch.convert import ModelFacts, TensorSpec
@@ -133,6 +133,10 @@ class _Builder:
         if not isinstance(target, schema.GgufTarget):
             raise ConfigError(place, f"format {target.format!r} cannot be built yet", "choose a gguf/… target")
         choices = tuple(mix.choose(self.specs, self.facts, _mix(target)))
+        lacking = None if target.imatrix else mix.needs_imatrix(choices, _mix(target))
+        if lacking:
+            fact = f"{target.ftype} needs an importance matrix (for {lacking})"
+            raise ConfigError(place, fact, f"make one with llama-imatrix, then {place}.imatrix=FILE")
         tensors = tuple(self.graph.add(self.tensor(spec, type_, place)) for spec, type_ in choices)
         params = file.Params(FILE_TYPES[target.ftype].id, tuple((s.name, s.shape, t) for s, t in choices))
         named = ((spec.name, output) for (spec, _), output in zip(choices, tensors, strict=True))
@@ -159,6 +163,8 @@ class _Builder:
         if QTYPES[dtype].quantized and type_ != dtype and not self.config.model.allow_requantize:
             fact = f"{spec.name} is {dtype} already; making {type_} of it loses quality twice"
             raise InputError(place, fact, "use an F16/BF16/F32 source, or model.allow_requantize=true")
+        if type_ not in (dtype, "F32", "F16", "BF16") and type_ not in kernels.MODULES:
+            raise ConfigError(place, f"{spec.name}: no quantizer for {type_} is built in", "choose another type")
         params = tensor.Params(type_, spec.stored, dtype, cols, spec.transform)
         return Action(f"{spec.name}:{type_}", tensor.KIND, params, tuple(inputs))
 

@@ -15,7 +15,7 @@ from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.errors import ConfigError
 from qbuild.ggml import FILE_TYPES, QTYPES
 
-__all__ = ["Mix", "choose", "order"]
+__all__ = ["Mix", "choose", "needs_imatrix", "order"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ FALLBACK = {
     **{q: "IQ4_NL" for q in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")},
 }  # fmt: skip
 NEED_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
+HARD_NEED = {"IQ1_S", "IQ2_XXS", "IQ2_XS"}
 LOW = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
 
 
@@ -77,6 +78,20 @@ def choose(specs: Sequence[TensorSpec], facts: ModelFacts, mix: Mix) -> list[tup
     """Every tensor with its type, in file order."""
     walk = _Walk(specs, facts, mix)
     return [(spec, walk.type_of(spec)) for spec in order(specs)]
+
+
+def needs_imatrix(choices: Sequence[tuple[TensorSpec, str]], mix: Mix) -> str | None:
+    """The first tensor whose type llama-quantize refuses to make without an importance matrix, or None.
+
+    Embeddings and output are let through by that check, but ggml itself has no quantizer without one for three types.
+    """
+    for spec, type_ in choices:
+        loose = category(spec.name) in ("token_embd", "output")
+        if type_ in (HARD_NEED if loose else NEED_IMATRIX) and type_ != spec.stored:
+            return spec.name
+        if type_ == "Q2_K" and mix.file_type == "Q2_K_S" and not loose and type_ != spec.stored:
+            return spec.name
+    return None
 
 
 class _Walk:
@@ -129,8 +144,6 @@ class _Walk:
         else:
             fact = f"{spec.name}: {wanted} takes rows of a multiple of {QTYPES[wanted].block} weights, it has {cols}"
             raise ConfigError(self.name, fact, "choose another type: targets.<name>.tensor_types")
-        if chosen in NEED_IMATRIX and not self.mix.has_imatrix and category(spec.name) not in ("token_embd", "output"):
-            raise ConfigError(self.name, f"{spec.name}: {chosen} needs an importance matrix", "targets.<name>.imatrix=FILE")
         return chosen
 
     # the mix ---------------------------------------------------------------------------------------------------------
@@ -183,7 +196,7 @@ class _Walk:
         if kind == "o":
             if self.facts.n_expert == 8:
                 return "Q5_K"
-            return "IQ3_S" if self.name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "IQ2_M") else None
+            return {"IQ1_S": "IQ2_XXS", "IQ1_M": "IQ2_XXS", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S"}.get(self.name)
         return self.base
 
     @property
