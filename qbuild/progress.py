@@ -165,7 +165,7 @@ def labelled(level: str, text: str) -> str:
 
 def facts_of(status: Status) -> list[str]:
     """Work done, rate, memory, then what bounds the build and how long it will still take."""
-    eta = "" if status.eta_s is None else f"{duration(status.eta_s)} left"
+    eta = "" if status.eta_s is None or status.share == 1 else f"{duration(status.eta_s)} left"
     memory = f"RAM {format_size(status.rss)} of {format_size(status.budget)}"
     return [
         f"{status.tensors_done}/{status.tensors_total} tensors",

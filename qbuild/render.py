@@ -43,10 +43,7 @@ def plan(document: Document) -> str:
     head, *body = table(rows)
     lines.append(head)
     for line, target in zip(body, targets.values(), strict=True):
-        state = target["verdict"]["state"]
-        lines += [line, *_types(target["types"]), f"  {_short(target['path'])}: {state}, {target['verdict']['why']}"]
-        if state == "hit":
-            lines[-1] = f"  {_short(target['path'])}: stored"
+        lines += [line, *_types(target["types"]), f"  {_short(target['path'])}: {_outlook(target['verdict'])}"]
     lines.append("")
     if all(target["verdict"]["state"] == "hit" for target in targets.values()):
         return _text([*lines, "nothing to do"])
@@ -59,11 +56,17 @@ def plan(document: Document) -> str:
     return _text([*lines, *table(rows), "", f"reads {format_size(needs['read_bytes'])}{time}"])
 
 
+def _outlook(verdict: Mapping[str, str]) -> str:
+    """What will become of a file. The reason for a run is mostly that its tensors run: `qbuild explain` has it."""
+    return {"hit": "stored", "run": "to be made", "unknown": f"not known yet, {verdict['why']}"}[verdict["state"]]
+
+
 def _types(types: Mapping[str, Sequence[int]]) -> list[str]:
     """Bytes per tensor type, largest first."""
     ordered = sorted(types.items(), key=lambda item: -item[1][1])
-    facts = [f"{name} {format_size(nbytes)} in {tensors}" for name, (tensors, nbytes) in ordered]
-    return textwrap.wrap(", ".join(facts), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    facts = [f"{name}~{format_size(nbytes)}~in~{tensors}".replace(" ", "~") for name, (tensors, nbytes) in ordered]
+    lines = textwrap.wrap(", ".join(facts), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return [line.replace("~", " ") for line in lines]  # a line ends between facts, never inside one
 
 
 def result(document: Document) -> str:
