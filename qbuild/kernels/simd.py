@@ -548,6 +548,8 @@ def scratch(tyctx, count, size, dtype):
         itemsize = context.get_constant(types.intp, context.get_abi_sizeof(width))
         shape, strides = [context.get_constant(types.intp, n)], [itemsize]
         data = builder.bitcast(room, width.as_pointer())
+        # Where the address comes from is hidden from LLVM: it would take seconds to follow every store to the stack.
+        data = builder.asm(ir.FunctionType(data.type, [data.type]), "", "=r,0", [data], True)
         arrayobj.populate_array(made, data=data, shape=shape, strides=strides, itemsize=itemsize, meminfo=None)
         return made._getvalue()
 
