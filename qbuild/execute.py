@@ -132,7 +132,7 @@ class _Build:
             if result is None:
                 self.sink.message("info", "reading the tokenizer and the model's metadata")
                 task = metadata.Task(self.resolved.checkpoint, self.resolved.config.model.name)
-                done = self._job(metadata.KIND, "metadata", task, metadata.RAM)
+                done = self._job(metadata.KIND, "metadata", task, metadata.ram(self.resolved.checkpoint.aux))
                 result = ActionResult(metadata.KIND, (self.store.put_bytes(done.value),), done.seconds, done.peak)
                 self.cache.put(key, result)
         self.judge.verdicts["metadata"] = plan.Verdict("run", "made", key, result.outputs)

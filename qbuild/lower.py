@@ -17,8 +17,9 @@ from qbuild.graph import Source
 from qbuild.recipe import FileTarget, Resolved
 
 CHUNKS = tuple(1 << power for power in (23, 22, 21, 20, 19, 18))  # bytes of source in one chunk, best first
-PARENT_RAM = 96 << 20  # the build's own process beside its worker: Hydra, rich, SQLite
-WORKER_RAM = 190 << 20  # a worker with numpy, numba and compiled kernels loaded, before any buffer
+PARENT_RAM = 57 << 20  # the build's own process beside its worker: Hydra, SQLite, the plan (measured: 49 to 53)
+WORKER_RAM = 156 << 20  # a worker with numpy, numba and kernels loaded, before any buffer (measured: 147 to 152)
+CHUNKS_PER_PASS = 32  # a small model gets small chunks: buffers are then all used, and the pipeline is never empty
 TENSOR_RAM = 4 << 10  # Python objects of one tensor of a pass
 
 
@@ -72,7 +73,7 @@ def pass_task(
             places.setdefault(action, []).append((index, offset))
             tensors.setdefault(spec.name, set()).add(action)
     tasks = tuple(_tensor_task(resolved, name, sorted(a), places, known, hinted) for name, a in tensors.items())
-    outputs = tuple(stream.OutputTask(w.target.name, w.header, w.layout.size) for w in wanted)
+    outputs = tuple(stream.OutputTask(w.target.name, w.header, w.layout.offsets[0], w.layout.size) for w in wanted)
     rebuild = resolved.config.rebuild
     return stream.PassTask(resolved.checkpoint.files, tasks, outputs, strategy.chunk_bytes, strategy.threads, rebuild)
 
@@ -100,20 +101,27 @@ def _tensor_task(
 def predict_ram(task: stream.PassTask) -> int:
     """Peak bytes of the worker that runs ``task``."""
     slot, scratch = stream.slot_bytes(task)
-    headers = sum(len(o.header) for o in task.outputs)
-    return (
-        WORKER_RAM + stream.slots(task) * slot + task.threads * scratch + len(task.tensors) * TENSOR_RAM + 3 * headers
-    )
+    buffers = stream.slots(task) * slot + task.threads * scratch
+    return WORKER_RAM + buffers + len(task.tensors) * TENSOR_RAM + sum(o.header_bytes for o in task.outputs)
 
 
-def choose_strategy(resolved: Resolved, wanted: list[Wanted], budget: Budget) -> tuple[Strategy, int]:
-    """The fastest way that fits and its predicted RAM, worker and parent together. Raises BudgetRefused."""
-    least = 0
+def predict_parent(wanted: list[Wanted]) -> int:
+    """Peak bytes of the process that plans and watches: it holds each vocabulary once, and every header."""
+    return PARENT_RAM + 2 * max(w.layout.offsets[0] for w in wanted) + sum(w.layout.offsets[0] for w in wanted)
+
+
+def choose_strategy(resolved: Resolved, wanted: list[Wanted], budget: Budget, before: int) -> tuple[Strategy, int]:
+    """The fastest way that fits and its predicted RAM, worker and parent together. Raises BudgetRefused.
+
+    ``before``: what the jobs before the pass need, each alone.
+    """
+    least, parent = 0, predict_parent(wanted)
     base = pass_task(resolved, wanted, Strategy(CHUNKS[0], budget.threads), {}, set())
+    share = sum(t.nbytes for t in base.tensors) // CHUNKS_PER_PASS
     for threads in range(budget.threads, 0, -1):
-        for chunk in CHUNKS:
+        for chunk in [c for c in CHUNKS if c <= max(share, CHUNKS[-1])]:
             task = stream.resized(base, chunk, threads)
-            least = PARENT_RAM + predict_ram(task)
+            least = parent + max(predict_ram(task), before)
             if least <= budget.ram:
                 return Strategy(chunk, threads), least
     names = ", ".join(f"'{w.target.name}'" for w in wanted)

@@ -201,6 +201,11 @@ class Judge:
         tokenizer = next((aux[n].stat().st_size for n in ("tokenizer.json", "tokenizer.model") if n in aux), 2 << 20)
         return tokenizer // 2 + 4096, False
 
+    def ram_before(self) -> int:
+        """What must run before the pass, at its largest."""
+        verdict = self.verdicts.get("metadata")
+        return 0 if verdict is None or verdict.outputs else metadata.ram(self.resolved.checkpoint.aux)
+
     def kvs(self, target: FileTarget) -> list[KV] | None:
         """The key-value pairs of a file, if they are known without running anything."""
         if self.resolved.checkpoint.kind == "gguf":
@@ -264,7 +269,7 @@ def make(config: schema.Config, *, fetch: bool) -> Plan:
     todo = [Wanted(t, at) for t, at in zip(resolved.targets, layouts, strict=True) if verdicts[t.action].state != "hit"]
     strategy, ram, read = Strategy(CHUNKS[0], budget.threads), 0, 0
     if todo:
-        strategy, ram = choose_strategy(resolved, todo, budget)
+        strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before())
         read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}, set()).tensors)
     targets = tuple(
         judge.target_plan(t, at.size, exact, out, strategy)

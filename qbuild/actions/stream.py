@@ -69,10 +69,11 @@ class TensorTask:
 
 @dataclass(frozen=True)
 class OutputTask:
-    """A file to be made: ``header`` is complete, ``size`` is that of the whole file."""
+    """A file to be made: ``header`` is complete (or empty in a plan), ``size`` is that of the whole file."""
 
     target: str
     header: bytes
+    header_bytes: int
     size: int
 
 

@@ -47,12 +47,21 @@ def source_row_bytes(params: Params) -> int:
 
 
 def stage_row_bytes(params: Params) -> int:
-    """Scratch per row beside the source and output buffers: the widened or transformed copy, if one is made."""
-    if params.type == params.dtype and params.transform.kind == "none":
+    """Scratch per row beside the source and output buffers: what ``encode`` copies before it quantizes."""
+    if _verbatim(params):
         return 0
-    if params.dtype == params.stored and params.transform.kind == "none" and QTYPES[params.type].quantized:
-        return 0
-    return 4 * params.cols
+    unpacked = QTYPES[params.dtype].quantized
+    held = "F32" if unpacked else params.dtype
+    each = QTYPES[held].nbytes if unpacked else 0
+    if params.transform.kind != "none":
+        each += QTYPES[held].nbytes
+    if held != params.stored and not QTYPES[params.stored].quantized:
+        each += QTYPES[params.stored].nbytes
+    return each * params.cols
+
+
+def _verbatim(params: Params) -> bool:
+    return params.transform.kind == "none" and params.type == params.dtype and QTYPES[params.type].quantized
 
 
 def encode(raw: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray | None = None) -> None:
@@ -61,8 +70,7 @@ def encode(raw: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray
     Raises BadWeights when a weight is NaN or infinite, or a block scale leaves float16's range: llama.cpp refuses
     such tensors too, and a file with them answers nonsense.
     """
-    plain = params.transform.kind == "none"
-    if plain and params.type == params.dtype and QTYPES[params.type].quantized:
+    if _verbatim(params):
         out[:] = raw
         return
     rows = raw.shape[0]
@@ -73,7 +81,7 @@ def encode(raw: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray
     bad = kernels.first_nonfinite(values)
     if bad is not None:
         raise BadWeights(bad, "NaN or infinite weights", "repair the checkpoint: no format can hold them")
-    if not plain:
+    if params.transform.kind != "none":
         values = params.transform.apply(values)
     _encode_values(values, params, out, imatrix)
 
