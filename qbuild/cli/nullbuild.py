@@ -53,4 +53,6 @@ def as_null(document: Mapping[str, Any]) -> dict[str, Any]:
         for name, target in document["targets"].items()
     }
     totals = {key: {} if isinstance(value, dict) else type(value)() for key, value in document["totals"].items()}
-    return {**document, "targets": targets, "totals": totals} | ({"jobs": []} if "jobs" in document else {})
+    return {**document, "targets": targets, "totals": totals} | (
+        {"jobs": type(document["jobs"])()} if "jobs" in document else {}
+    )

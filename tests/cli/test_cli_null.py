@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from qbuild import fastpath, schema
 from qbuild.cli import nullbuild
 
 ARGV = ["model.source=m", "target=gguf/q4_k_m"]
+TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 LATER = 10**19  # began after everything had settled
 
 
@@ -153,3 +155,28 @@ def test_it_is_answered_before_anything_heavy_is_imported(recorded: Path, record
     assert done.stdout == "nothing to do\n"
     modules = {name.partition(".")[0] for name in json.loads(done.stderr)}
     assert modules.isdisjoint({"hydra", "omegaconf", "numpy", "numba", "torch", "transformers", "rich", "yaml"})
+
+
+def run(folder: Path, *argv: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "qbuild", "model.source=model", "target=gguf/q8_0", "format=json", *argv]
+    return json.loads(subprocess.run(command, capture_output=True, check=True, cwd=folder).stdout)
+
+
+def test_the_answer_of_a_record_is_that_of_a_real_null_build(project: Path, tmp_path: Path) -> None:
+    """The whole way: a build, its record, and the same command on the long way."""
+    shutil.copytree(TINY, project / "model", copy_function=shutil.copyfile)
+    settled = time.time() - 60
+    for path in [*(project / "model").iterdir(), project / "model"]:
+        os.utime(path, (settled, settled))
+    first = run(project)
+    if not (records := list((tmp_path / "cache" / "qbuild" / "null").glob("*.json"))):
+        time.sleep(2.5)  # the change times of the copies had not settled: the second build is recorded
+        run(project)
+        records = list((tmp_path / "cache" / "qbuild" / "null").glob("*.json"))
+    assert len(records) == 1
+    answered = run(project)
+    records[0].unlink()
+    long_way = run(project)
+    for document in (first, answered, long_way):
+        document["totals"].pop("wall_seconds")
+    assert answered == long_way == nullbuild.as_null(first)
