@@ -45,7 +45,7 @@ CONVERT = (
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """``dtype`` is a safetensors name, or the ggml type of a GGUF tensor; ``shape`` is row-major; ``offset`` absolute."""
+    """``dtype``: a safetensors name, or the ggml type of a GGUF tensor; ``shape`` is row-major, ``offset`` absolute."""
 
     name: str
     dtype: str

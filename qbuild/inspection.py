@@ -16,6 +16,8 @@ from qbuild.manifest import explain as explain_lines
 from qbuild.plan import Judge, Plan, manifest_parts
 from qbuild.recipe import model_name, open_model
 
+LONG = 240
+
 __all__ = ["explain", "explain_text", "graph", "info", "info_text"]
 
 
@@ -51,8 +53,7 @@ def info(config: schema.Config) -> dict[str, Any]:
 def info_text(found: dict[str, Any]) -> str:
     lines = [
         f"{found['name']}  ({found['source']})",
-        f"  {found['architecture']}, {found['parameters'] / 1e6:,.1f} M parameters, {found['layers']} layers, "
-        f"{found['tensors']} tensors",
+        f"  {found['architecture']}, {found['parameters'] / 1e6:,.1f} M parameters, {found['layers']} layers",
         f"  {format_size(found['source_bytes'])} of {', '.join(found['dtypes'])}",
         "",
         f"  {'type':<10} {'tensors':>10}  bits/weight",
@@ -100,7 +101,7 @@ def explain_text(found: list[dict[str, Any]]) -> str:
     for item in found:
         head = f"{item['action']}: {item['verdict']}, {item['why']}"
         key = [f"  key {item['key']}"] if item["key"] else []
-        blocks.append("\n".join([head, *key, *(f"    {line}" for line in item["manifest"])]))
+        blocks.append("\n".join([head, *key, *(f"    {_short(line)}" for line in item["manifest"])]))
     return "\n\n".join(blocks)
 
 
@@ -146,3 +147,8 @@ def _condensed(plan: Plan) -> tuple[dict[str, str], list[tuple[str, str]]]:
             edges.append(("metadata", root))
         nodes[root] = f"{target.file_name}: {verdicts[root].state}"
     return nodes, edges
+
+
+def _short(line: str) -> str:
+    """Lines that list hundreds of tensors are cut for reading; ``format=json`` has them whole."""
+    return line if len(line) <= LONG else f"{line[:LONG]}… ({len(line)} characters)"

@@ -95,7 +95,7 @@ def _tensor_task(
         elif spec.data is not None:
             pieces.append(stream.Piece(name, -1, 0, len(spec.data), None, spec.data))
     wants = tuple(stream.Want(graph.actions[a].params, tuple(places[a])) for a in actions)
-    return stream.TensorTask(name, tuple(pieces), resolved.unit_rows(spec), wants, not hinted.isdisjoint(actions))
+    return stream.TensorTask(name, tuple(pieces), spec.transform.unit, wants, not hinted.isdisjoint(actions))
 
 
 def predict_ram(task: stream.PassTask) -> int:

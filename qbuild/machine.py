@@ -18,7 +18,6 @@ __all__ = [
     "disk_free",
     "environ",
     "inspect",
-    "full_hydra_errors",
     "memory_limit",
     "null_record",
     "peak_rss",
@@ -36,17 +35,12 @@ def environ() -> Mapping[str, str]:
 def cache_dir() -> Path:
     """The user's cache folder for qbuild: ``$XDG_CACHE_HOME/qbuild``, else ``~/.cache/qbuild``."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base or os.path.expanduser("~/.cache")) / "qbuild"
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "qbuild"
 
 
 def null_record(name: str) -> str:
     """Where the answer of a null build is remembered."""
     return str(cache_dir() / "null" / f"{name}.json")
-
-
-def full_hydra_errors() -> None:
-    """Make Hydra raise its errors to us instead of printing them and exiting."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
 def worker_environ(package_root: Path) -> dict[str, str]:
@@ -122,12 +116,13 @@ def disk_free(path: Path) -> int:
 def process_rss(pid: int) -> int:
     """Resident bytes of one process; 0 when it is gone."""
     try:
-        with open(f"/proc/{pid}/statm", "rb") as stat:
-            return int(stat.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
-        pass
-    if sys.platform.startswith("linux"):
-        return 0
+        return _rss_elsewhere(pid)
+
+
+def _rss_elsewhere(pid: int) -> int:
+    """Without /proc: a process that is gone there is gone here too."""
     import psutil
 
     try:

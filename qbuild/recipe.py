@@ -24,7 +24,7 @@ __all__ = ["FileTarget", "Resolved", "model_name", "open_model", "resolve"]
 
 @dataclass(frozen=True)
 class FileTarget:
-    """One GGUF file: ``choices`` is every tensor with its type in file order, ``tensors`` the actions that make them."""
+    """One GGUF file: ``choices`` is every tensor with its type in file order, ``tensors`` the actions making them."""
 
     name: str
     file_name: str
@@ -46,25 +46,21 @@ class Resolved:
     targets: tuple[FileTarget, ...]
     specs: dict[str, TensorSpec]
 
-    def unit_rows(self, spec: TensorSpec) -> int:
-        """A chunk of this tensor is a multiple of so many rows."""
-        return spec.transform.unit_rows(spec.shape)
-
 
 def open_model(model: schema.Model, *, fetch: bool, offline: bool) -> Checkpoint:
     """The checkpoint a model names. Without ``fetch``, headers are enough, and where there is nothing to open the
     shapes come from ``model.config``."""
     if not model.source and not model.config:
         raise ConfigError("model.source", "no model is named", "model.source=DIRECTORY, a Hub id, or FILE.gguf")
-    if model.config and not fetch and not _on_disk(model.source):
+    if model.config and not fetch and not (model.source and _on_disk(model.source)):
         return shapes(model.config, convert.expected_tensors(model.config), source=model.source or "model.config")
     if not model.source:
         raise ConfigError("model.source", "a configuration has shapes but no weights to build from", "model.source=…")
     return open_source(model.source, revision=model.revision, fetch=fetch, offline=offline)
 
 
-def _on_disk(source: str | None) -> bool:
-    return bool(source) and (source.startswith("pkg://") or Path(source).exists())
+def _on_disk(source: str) -> bool:
+    return source.startswith("pkg://") or Path(source).exists()
 
 
 def model_name(model: schema.Model, checkpoint: Checkpoint) -> str:

@@ -108,7 +108,7 @@ class _Hub:
 
     def _header(self, name: str, commit: str | None) -> tuple[int, Any]:
         from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
         url, headers = hf_hub_url(self.repo, name, revision=commit), build_hf_headers()
 

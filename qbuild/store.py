@@ -500,7 +500,8 @@ class Store:
         settled = changed + (RACY_COARSE_NS if coarse else RACY_NS)
         query = (
             "SELECT d.offset, d.digest FROM sources s JOIN source_digests d ON d.source = s.id"
-            " WHERE s.path = ? AND s.size = ? AND s.mtime_ns = ? AND s.ctime_ns = ? AND s.inode = ? AND d.recorded_ns > ?"
+            " WHERE s.path = ? AND s.size = ? AND s.mtime_ns = ? AND s.ctime_ns = ? AND s.inode = ?"
+            " AND d.recorded_ns > ?"
         )
         with self.index.reading() as db:
             rows = db.execute(query + also, (path, size, mtime_ns, ctime_ns, inode, settled, *values)).fetchall()

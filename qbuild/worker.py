@@ -32,7 +32,7 @@ from qbuild.store import Store
 POLL = 0.05  # seconds between looks at the worker's memory
 NEAR = 0.92  # of the budget: warn
 
-Emit = Callable[[dict], None]
+Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ def run(job: Job, on_event: Emit) -> Done:
     return Done(value, peak or watch.peak, time.monotonic() - began)
 
 
-def _listen(connection: Connection, watch: _Watch) -> tuple[str, Any, int]:
+def _listen(connection: Connection, watch: _Watch) -> tuple[Any, ...]:
     while True:
         if connection.poll(POLL):
             message = connection.recv()
             if message[0] != "event":
-                return message
+                return tuple(message)
             watch.event(message[1])
         watch.look()
 
@@ -110,12 +110,12 @@ def _tail(log: Any) -> str:
 class _Watch:
     """Memory of the worker against its budget: warns near it, and stops the worker before the kernel does."""
 
-    def __init__(self, job: Job, process: subprocess.Popen, on_event: Emit) -> None:
+    def __init__(self, job: Job, process: subprocess.Popen[bytes], on_event: Emit) -> None:
         self.job, self.process, self.on_event = job, process, on_event
         self.peak = self.rss = 0
         self.warned = self.stopped = False
 
-    def event(self, event: dict) -> None:
+    def event(self, event: dict[str, Any]) -> None:
         self.on_event(event | {"rss": self.rss})
 
     def look(self) -> None:
@@ -149,13 +149,13 @@ def _run_pass(job: Job, emit: Emit) -> Any:
     return files, task.tally
 
 
-def _run_metadata(job: Job, emit: Emit) -> bytes:
+def _run_metadata(job: Job, _emit: Emit) -> bytes:
     # transformers loads torch wherever it is installed: 170 MB and two seconds that tokenizers and configs do not need.
     sys.modules["torch"] = None  # type: ignore[assignment]
     return metadata_action.run(job.task)
 
 
-def _run_warm(job: Job, emit: Emit) -> None:
+def _run_warm(job: Job, _emit: Emit) -> None:
     warm.run(job.task)
 
 
@@ -180,7 +180,7 @@ def main(descriptor: int) -> None:
     job: Job = connection.recv()
     lock = threading.Lock()
 
-    def send(message: tuple) -> None:
+    def send(message: tuple[Any, ...]) -> None:
         with lock, contextlib.suppress(BrokenPipeError):
             connection.send(message)
 

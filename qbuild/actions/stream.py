@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from qbuild.manifest import action_key, walk
 from qbuild.store import Location, Partial, Store
 
 ALIGNMENT = 32
+STAGES = ("read", "hash", "encode", "write", "wait_slot", "wait_encode")
+
+Times = list[tuple[str, int, float]]  # (type, weights, seconds of one thread)
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,6 @@ class Tally:
         self.seconds["encode"] += seconds
         before = self.encoded.get(type_, (0, 0.0))
         self.encoded[type_] = (before[0] + weights, before[1] + seconds)
-
-
-STAGES = ("read", "hash", "encode", "write", "wait_slot", "wait_encode")
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,12 @@ class _OutputFile:
 class _Slot:
     def __init__(self, nbytes: int) -> None:
         self.buffer = np.empty(nbytes, np.uint8)
+        self.view = _bytes(self.buffer)
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a C-contiguous array."""
+    return memoryview(array).cast("B")  # type: ignore[arg-type]  # numpy's stubs do not say it is a buffer
 
 
 @dataclass
@@ -211,13 +218,13 @@ class _Open:
 class Pass:
     """Runs one PassTask. ``emit`` gets progress values; it is called from one thread at a time."""
 
-    def __init__(self, task: PassTask, store: Store, emit: Callable[[dict], None]) -> None:
+    def __init__(self, task: PassTask, store: Store, emit: Callable[[dict[str, Any]], None]) -> None:
         self.task, self.store, self.cache, self.emit = task, store, ActionCache(store), emit
         self.tally = Tally()
         # Taken before the first read: what is read of a file that changes meanwhile is recorded under the old identity.
         self.identities = [f.identity() for f in task.files]
         self.free: queue.Queue[_Slot] = queue.Queue()
-        self.ready: queue.Queue[tuple[_Open, _Chunk, Future] | None] = queue.Queue()
+        self.ready: queue.Queue[tuple[_Open, _Chunk, Future[Times]] | None] = queue.Queue()
         self.failure: BaseException | None = None
         self.outputs: list[_OutputFile] = []
         self.done_tensors = self.done_bytes = 0
@@ -267,7 +274,8 @@ class Pass:
                 locks.enter_context(self.store.lock(self._lock_name(task, want), on_wait=self._waiting))
             if None in digests:  # another build may have read it while this one waited
                 digests = [d or self._recorded(p) for p, d in zip(task.pieces, digests, strict=True)]
-            todo = [w for w in task.wants if None in digests or not self._reuse(w, digests)]
+            known = [d for d in digests if d is not None]
+            todo = [w for w in task.wants if len(known) < len(digests) or not self._reuse(w, known)]
             if not todo:
                 locks.close()
                 self._progress(task, 1, task.nbytes)
@@ -285,7 +293,7 @@ class Pass:
     def _hash_piece(self, piece: Piece, reader: Reader) -> Digest:
         hasher, slot = Hasher(), self.free.get()
         try:
-            view = memoryview(slot.buffer)
+            view = slot.view
             for start in range(0, piece.nbytes, len(view)):
                 part = view[: min(len(view), piece.nbytes - start)]
                 self._read(reader, piece, start, part)
@@ -332,7 +340,7 @@ class Pass:
                 slot = self.free.get()
                 self.tally.seconds["wait_slot"] += time.monotonic() - began
                 chunk = self._carve(slot, work, first + start, rows)
-                view = memoryview(chunk.raw).cast("B")
+                view = _bytes(chunk.raw)
                 self._read(reader, piece, start * row_bytes, view)
                 began = time.monotonic()
                 hasher.update(view)
@@ -364,8 +372,8 @@ class Pass:
 
     # compute ---------------------------------------------------------------------------------------------------------
 
-    def _encode(self, chunk: _Chunk, params: list[tensor.Params]) -> list[tuple[str, int, float]]:
-        times = []
+    def _encode(self, chunk: _Chunk, params: list[tensor.Params]) -> Times:
+        times: Times = []
         for want, out in zip(params, chunk.outs, strict=True):
             began = time.monotonic()
             try:
@@ -405,10 +413,10 @@ class Pass:
         return False
 
     def _copy(self, place: Location, digest: Digest, output: _OutputFile | None, offset: int) -> bool:
-        """Read a slice, verify it, and (unless it is in its place already) write it. A place that is gone is no match."""
+        """Read a slice, verify it, and write it unless it is in its place already. A place that is gone is no match."""
         hasher, slot = Hasher(), self.free.get()
         try:
-            view = memoryview(slot.buffer)
+            view = slot.view
             for start in range(0, digest.size, len(view)):
                 part = view[: min(len(view), digest.size - start)]
                 if not self.store.read_slice(place, start, part):
@@ -446,7 +454,7 @@ class Pass:
     def _write(self, work: _Open, chunk: _Chunk) -> None:
         began = time.monotonic()
         for want, hasher, out in zip(work.wants, work.hashers, chunk.outs, strict=True):
-            data = memoryview(out).cast("B")
+            data = _bytes(out)
             hasher.update(data)
             for index, offset in want.places:
                 self.outputs[index].write(offset + chunk.row * out.shape[1], data)
@@ -480,7 +488,7 @@ class Pass:
 
     def _commit(self, output: _OutputFile) -> FileResult:
         slot = self.free.get()
-        digest = output.commit(memoryview(slot.buffer))
+        digest = output.commit(slot.view)
         self.free.put(slot)
         return FileResult(output.task.target, digest, output.computed, output.reused)
 

@@ -35,10 +35,6 @@ class Transform:
     kind: str = "none"
     unit: int = 1  # rows of one head
 
-    def unit_rows(self, shape: tuple[int, ...]) -> int:
-        """Chunks must hold a multiple of so many rows."""
-        return self.unit
-
     def apply(self, chunk: np.ndarray) -> np.ndarray:
         """Transform whole units of rows; ``chunk`` is [rows, cols]."""
         if self.kind != "permute":
@@ -100,7 +96,9 @@ def heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
 def tensor_specs(checkpoint: Checkpoint, outtype: str = "auto") -> list[TensorSpec]:
     """Every tensor of the converter's file, in its order."""
     if checkpoint.kind == "gguf":
-        return [TensorSpec(t.name, t.shape, (Piece(t.name),), Transform(), t.dtype) for t in checkpoint.tensors.values()]
+        return [
+            TensorSpec(t.name, t.shape, (Piece(t.name),), Transform(), t.dtype) for t in checkpoint.tensors.values()
+        ]
     rules, config = family(checkpoint.config, checkpoint.source), checkpoint.config
     matrix = _matrix_type(checkpoint, outtype)
     specs = [*_rope_factors(config)]
@@ -108,8 +106,12 @@ def tensor_specs(checkpoint: Checkpoint, outtype: str = "auto") -> list[TensorSp
         if source.name.endswith((".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")):
             continue
         name = _gguf_name(rules, source, checkpoint.source)
-        stored = "F32" if len(source.shape) < 2 or name.endswith("_norm.weight") or not name.endswith("weight") else matrix
-        specs.append(TensorSpec(name, source.shape, (Piece(source.name),), _transform(rules, source.name, config), stored))
+        stored = (
+            "F32" if len(source.shape) < 2 or name.endswith("_norm.weight") or not name.endswith("weight") else matrix
+        )
+        specs.append(
+            TensorSpec(name, source.shape, (Piece(source.name),), _transform(rules, source.name, config), stored)
+        )
     _check_complete(checkpoint)
     return specs
 
@@ -120,7 +122,9 @@ def _gguf_name(rules: Family, source: SourceTensor, place: str) -> str:
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", source.name)
     if match and match[2] in rules.layer:
         return f"blk.{match[1]}.{rules.layer[match[2]]}"
-    raise InputError(place, f"tensor {source.name} does not belong to {rules.arch}", "check config.json's architectures")
+    raise InputError(
+        place, f"tensor {source.name} does not belong to {rules.arch}", "check config.json's architectures"
+    )
 
 
 def _transform(rules: Family, name: str, config: Mapping[str, Any]) -> Transform:
@@ -169,7 +173,10 @@ def expected_tensors(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ..
     family(config, "model.config")
     hidden, ff, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     n_head, n_kv, dim = heads(config)
-    found: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (vocab, hidden)), ("model.norm.weight", (hidden,))]
+    found: list[tuple[str, tuple[int, ...]]] = [
+        ("model.embed_tokens.weight", (vocab, hidden)),
+        ("model.norm.weight", (hidden,)),
+    ]
     if not config.get("tie_word_embeddings"):
         found.append(("lm_head.weight", (vocab, hidden)))
     for i in range(config["num_hidden_layers"]):
@@ -190,7 +197,9 @@ def _check_complete(checkpoint: Checkpoint) -> None:
     for name, shape in expected_tensors(checkpoint.config):
         found = checkpoint.tensors.get(name)
         if found is None:
-            raise InputError(checkpoint.source, f"tensor {name} is missing", "the checkpoint is incomplete: fetch it again")
+            raise InputError(
+                checkpoint.source, f"tensor {name} is missing", "the checkpoint is incomplete: fetch it again"
+            )
         if found.shape != shape:
             fact = f"tensor {name} has shape {list(found.shape)}, the config says {list(shape)}"
             raise InputError(checkpoint.source, fact, "config.json and weights do not belong together")

@@ -10,9 +10,7 @@ ATTENTION = {
     for hf, gguf in (("q", "attn_q"), ("k", "attn_k"), ("v", "attn_v"), ("o", "attn_output"))
     for part in ("weight", "bias")
 }
-MLP = {
-    f"mlp.{hf}_proj.{part}": f"ffn_{hf}.{part}" for hf in ("gate", "up", "down") for part in ("weight", "bias")
-}
+MLP = {f"mlp.{hf}_proj.{part}": f"ffn_{hf}.{part}" for hf in ("gate", "up", "down") for part in ("weight", "bias")}
 OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",

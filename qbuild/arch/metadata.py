@@ -1,7 +1,7 @@
 """The key-value pairs of llama.cpp's converter, in its order, and what llama-quantize makes of them.
 
-Runs in a worker: transformers supplies config defaults (the converter reads them through AutoConfig, so they are part of
-the file) and byte-level BPE tokenizers.
+Runs in a worker: transformers supplies config defaults (the converter reads them through AutoConfig, so they are part
+of the file) and byte-level BPE tokenizers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def metadata(checkpoint: Checkpoint, name: str | None) -> list[KV]:
     import gguf
 
     folder = checkpoint.root
-    assert folder is not None
+    if folder is None:
+        raise ValueError("BUG: metadata of a checkpoint that is not on disk")
     rules = convert.family(checkpoint.config, checkpoint.source)
     writer = gguf.GGUFWriter(None, rules.arch)
     _general(writer, checkpoint, folder, name)
@@ -48,10 +49,10 @@ def hparams(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+        config: dict[str, Any] = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     except (ValueError, OSError, KeyError):
         config = vocab.read_json(folder / "config.json")
-    return config | config.get("text_config", {})
+    return {**config, **config.get("text_config", {})}
 
 
 def _general(writer: Any, checkpoint: Checkpoint, folder: Path, name: str | None) -> None:

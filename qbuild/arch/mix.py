@@ -20,7 +20,7 @@ __all__ = ["Mix", "choose", "needs_imatrix", "order"]
 
 @dataclass(frozen=True)
 class Mix:
-    """A file type and what the user changed of it. ``tensor_types`` are (regular expression, type), first match wins."""
+    """A file type and what the user changed of it. ``tensor_types``: (regular expression, type), first match wins."""
 
     file_type: str
     output_type: str | None = None
@@ -41,7 +41,9 @@ NEVER = (
     "ssm_conv1d",
     "shortconv.conv.weight",
 )
-CATEGORIES = (  # first match wins; the last three also hold for experts (ffn_up_exps, ffn_up_shexp)
+CATEGORIES: tuple[
+    tuple[str, Callable[[str], bool]], ...
+] = (  # first match wins; the last three also hold for experts (ffn_up_exps, ffn_up_shexp)
     ("output", lambda n: n == "output.weight"),
     ("token_embd", lambda n: n in ("token_embd.weight", "per_layer_token_embd.weight")),
     ("v", lambda n: "attn_qkv.weight" in n),
@@ -57,7 +59,7 @@ CATEGORIES = (  # first match wins; the last three also hold for experts (ffn_up
 FALLBACK = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q2_0": "Q4_0",
     "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-    **{q: "IQ4_NL" for q in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")},
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
 }  # fmt: skip
 NEED_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
 HARD_NEED = {"IQ1_S", "IQ2_XXS", "IQ2_XS"}
@@ -158,7 +160,8 @@ class _Walk:
         if kind == "token_embd":
             return self._embedding()
         low = self._low(spec, kind) if self.name in LOW else None
-        chosen = low or RULES.get(kind, lambda _walk, _index: None)(self, self._index(spec, kind)) or self.base
+        rule = RULES.get(kind)
+        chosen = low or (rule(self, self._index(spec, kind)) if rule else None) or self.base
         if kind == "v" and self.name not in LOW:
             chosen = self._v_after(chosen)
         if kind in ("v", "k", "down", "up", "gate"):

@@ -26,7 +26,9 @@ from qbuild.gguffile import GGUFType, encode_kv, header, header_size, layout
 U32 = GGUFType.UINT32
 
 
-def model(layers: int, hidden: int, ff: int, heads: int, kv: int, experts: int = 0, tied: bool = False, fused: bool = False):
+def model(
+    layers: int, hidden: int, ff: int, heads: int, kv: int, experts: int = 0, tied: bool = False, fused: bool = False
+):
     """(key-value pairs, [(name, shape)]) of a Llama-like model."""
     head = hidden // heads
     tensors = [("token_embd.weight", (512, hidden)), ("output_norm.weight", (hidden,))]
@@ -132,8 +134,14 @@ def main(llama: Path, out: Path) -> None:
         path = Path(folder) / "gqa.gguf"
         write(path, *model(**MODELS["gqa"]))
         for option, words in OPTIONS.items():
-            result[f"gqa {option}"] = {t: choices(llama, path, t, words) for t in ("Q4_K_M", "Q4_K_S", "Q2_K", "Q5_0", "F16")}
-    document = {"llama.cpp": "the source in llama-cpp-python 0.3.36", "command": "llama-quantize --dry-run", "types": result}
+            result[f"gqa {option}"] = {
+                t: choices(llama, path, t, words) for t in ("Q4_K_M", "Q4_K_S", "Q2_K", "Q5_0", "F16")
+            }
+    document = {
+        "llama.cpp": "the source in llama-cpp-python 0.3.36",
+        "command": "llama-quantize --dry-run",
+        "types": result,
+    }
     out.write_bytes(gzip.compress(json.dumps(document, indent=1).encode(), mtime=0))
 
 

@@ -66,7 +66,15 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def tokenizer(texts: list[str], types: list[int], merges: list[str]) -> dict:
     added = [
-        {"id": i, "content": t, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        {
+            "id": i,
+            "content": t,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
         for i, (t, kind) in enumerate(zip(texts, types, strict=True))
         if kind == 3
     ]
