@@ -26,6 +26,7 @@ from qbuild.recipe import FileTarget
 __all__ = ["build"]
 
 MEASURABLE = 1 << 24  # weights: with fewer, starting up is what one measures
+MOVABLE = 1 << 30  # bytes: fewer stay in the page cache
 
 
 def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
@@ -176,6 +177,9 @@ class _Build:
         for type_, (weights, seconds) in tally.encoded.items():
             if weights > MEASURABLE:
                 self.cache.note_rate(f"encode {type_}", weights / max(seconds, 1e-6))
+        for name, nbytes in (("read", tally.read_bytes), ("write", tally.written_bytes)):
+            if nbytes > MOVABLE:
+                self.cache.note_rate(name, nbytes / max(tally.seconds[name], 1e-6))
         judge = Judge(self.resolved, self.store, rebuild=False)
         judge.all()
         self.judge = judge

@@ -65,7 +65,7 @@ class GgufHeader(NamedTuple):
 
 
 def _string(text: str | bytes) -> bytes:
-    data = text.encode() if isinstance(text, str) else text
+    data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
     return struct.pack("<Q", len(data)) + data
 
 

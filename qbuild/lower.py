@@ -13,7 +13,7 @@ from qbuild.actions import stream
 from qbuild.budget import Budget, Remedy, refuse
 from qbuild.digest import Digest
 from qbuild.gguffile import KV
-from qbuild.graph import Source
+from qbuild.graph import Action, Source
 from qbuild.recipe import FileTarget, Resolved
 
 CHUNKS = tuple(1 << power for power in (23, 22, 21, 20, 19, 18))  # bytes of source in one chunk, best first
@@ -89,13 +89,19 @@ def _tensor_task(
     graph, spec = resolved.graph, resolved.specs[name]
     numbers = {str(f.path): index for index, f in enumerate(resolved.checkpoint.files)}
     pieces = []
-    for _, item in graph.actions[actions[0]].inputs:
+    for index, (_, item) in enumerate(graph.actions[actions[0]].inputs):
         if isinstance(item, Source):
             pieces.append(stream.Piece(item.name, numbers.get(item.file, 0), item.offset, item.nbytes, known.get(item)))
-        elif spec.data is not None:
+        elif index == 0 and spec.data is not None:
             pieces.append(stream.Piece(name, -1, 0, len(spec.data), None, spec.data))
-    wants = tuple(stream.Want(graph.actions[a].params, tuple(places[a])) for a in actions)
+    wants = tuple(_want(resolved, graph.actions[a], places[a]) for a in actions)
     return stream.TensorTask(name, tuple(pieces), spec.transform.unit, wants, not hinted.isdisjoint(actions))
+
+
+def _want(resolved: Resolved, action: Action, places: list[tuple[int, int]]) -> stream.Want:
+    weights = next((item for role, item in action.inputs if role == "imatrix"), None)
+    data = resolved.imatrix_slices[weights] if isinstance(weights, Digest) else None
+    return stream.Want(action.params, tuple(places), data)
 
 
 def predict_ram(task: stream.PassTask) -> int:

@@ -31,9 +31,14 @@ from qbuild.store import Store
 
 __all__ = ["Judge", "Plan", "TargetPlan", "Verdict", "make", "manifest_parts"]
 
-# Weights a second on one core of a 2023 server; replaced by this machine's own rates after its first build.
-TYPICAL_RATE = {"F32": 2e9, "F16": 1e9, "BF16": 2e9, "Q8_0": 5e8, "Q2_K": 1.2e8, "Q3_K": 2e8, "Q4_K": 1.5e8,
-                "Q5_K": 1.3e8, "Q6_K": 1.5e8}  # fmt: skip
+# Weights a second of one core, and bytes a second of a disk; replaced by this machine's own after its first build.
+TYPICAL_RATE = {"read": 1e9, "write": 4e8} | {
+    f"encode {name}": rate
+    for name, rate in (
+        *(("F32", 2e9), ("F16", 4e9), ("BF16", 4e9), ("Q8_0", 2e9), ("Q4_0", 2e9), ("Q4_1", 2e9), ("Q5_0", 2e9)),
+        *(("Q5_1", 2e9), ("Q2_K", 3e8), ("Q3_K", 5e8), ("Q4_K", 3e8), ("Q5_K", 3e8), ("Q6_K", 4e8)),
+    )
+}
 
 SALTS = {tensor.KIND: tensor.SALT, file.KIND: file.SALT, metadata.KIND: metadata.SALT}
 
@@ -58,7 +63,6 @@ class TargetPlan:
     weights: int
     types: dict[str, tuple[int, int]]  # type -> (tensors, bytes)
     verdicts: dict[str, int]  # of its tensors
-    seconds: float | None
 
     @property
     def bits_per_weight(self) -> float:
@@ -82,6 +86,7 @@ class Plan:
     strategy: Strategy
     footprint: Footprint
     read_bytes: int
+    seconds: float  # estimated, by this machine's own rates once it has built something
 
     @property
     def null(self) -> bool:
@@ -96,11 +101,6 @@ class Plan:
             "strategy": asdict(self.strategy),
             "targets": {t.name: t.to_json() for t in self.targets},
         }
-
-    @property
-    def seconds(self) -> float | None:
-        times = [t.seconds for t in self.targets if t.verdict.state != "hit"]
-        return None if None in times else sum(t for t in times if t is not None)
 
 
 def manifest_parts(action: Action, digests: list[tuple[str, Digest]]) -> Iterator[tuple[str, str]]:
@@ -216,34 +216,42 @@ class Judge:
             if blob is None:
                 return None
             kvs = metadata.unpack(blob)
-        return quantized_kvs(kvs, target.file_type.id)
+        params = self.resolved.graph.actions[target.action].params
+        return quantized_kvs(kvs, params.file_type, params.imatrix)
 
-    def target_plan(self, target: FileTarget, size: int, exact: bool, out: Path, strategy: Strategy) -> TargetPlan:
+    def target_plan(self, target: FileTarget, size: int, exact: bool, out: Path) -> TargetPlan:
         types: dict[str, tuple[int, int]] = {}
-        weights, seconds = 0, 0.0
+        weights = 0
         for spec, type_ in target.choices:
             count = prod(spec.shape)
             tensors, nbytes = types.get(type_, (0, 0))
             types[type_] = (tensors + 1, nbytes + count // QTYPES[type_].block * QTYPES[type_].nbytes)
             weights += count
         states = Counter(self.verdicts[a].state for a in target.tensors)
-        for spec, type_ in target.choices:
-            if self.verdicts[f"{spec.name}:{type_}"].state != "hit":
-                seconds += prod(spec.shape) / self.rate(type_) / strategy.threads
         path = out / target.file_name
         verdict = self.verdicts[target.action]
-        return TargetPlan(target.name, path, verdict, size, exact, weights, types, dict(states), seconds)
+        return TargetPlan(target.name, path, verdict, size, exact, weights, types, dict(states))
 
-    def rate(self, type_: str) -> float:
-        """Weights a second one thread encodes to ``type_``: measured on this machine, else typical."""
-        return self.cache.rate(f"encode {type_}") or TYPICAL_RATE.get(type_, 100e6)
+    def seconds(self, todo: list[FileTarget], read: int, written: int, threads: int) -> float:
+        """Estimated time of a pass: encoding on ``threads`` cores, or moving the bytes, whichever is longer."""
+        wanted = {a: spec for t in todo for (spec, _), a in zip(t.choices, t.tensors, strict=True)}
+        encode = sum(
+            spec.weights / self.rate(f"encode {self.resolved.graph.actions[action].params.type}")
+            for action, spec in wanted.items()
+            if self.verdicts[action].state != "hit"
+        )
+        return max(encode / threads, read / self.rate("read") + written / self.rate("write"))
+
+    def rate(self, name: str) -> float:
+        """Weights or bytes a second: measured on this machine, else typical."""
+        return self.cache.rate(name) or TYPICAL_RATE.get(name, 100e6)
 
     def _hinted(self, action: Action) -> bool:
         """Results exist that hashing may turn into hits."""
         if self.rebuild:
             return False
         if action.kind == tensor.KIND:
-            name, _, type_ = action.id.rpartition(":")
+            name, type_ = action.id.rpartition(":")[0], action.params.type
             nbytes = sum(i.nbytes for _, i in action.inputs if isinstance(i, Source))
             return self.cache.has_hint(stream.hint_of(name, nbytes, type_))
         return any(self.verdicts[before].state == "unknown" for before in self.resolved.graph.reads(action.id))
@@ -272,13 +280,16 @@ def make(config: schema.Config, *, fetch: bool) -> Plan:
         strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before())
         read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}, set()).tensors)
     targets = tuple(
-        judge.target_plan(t, at.size, exact, out, strategy)
+        judge.target_plan(t, at.size, exact, out)
         for t, at, (_, exact) in zip(resolved.targets, layouts, kv_bytes, strict=True)
     )
     copies = 2 if config.store.link == "copy" else 1
     disk = copies * sum(t.bytes for t in targets if t.verdict.state != "hit")
     _check_disk(disk, budget, targets, copies)
-    return Plan(resolved, store, budget, out, verdicts, targets, strategy, Footprint(ram=ram, disk=disk), read)
+    written = sum(t.bytes for t in targets if t.verdict.state != "hit")
+    seconds = judge.seconds([w.target for w in todo], read, written, strategy.threads)
+    footprint = Footprint(ram=ram, disk=disk)
+    return Plan(resolved, store, budget, out, verdicts, targets, strategy, footprint, read, seconds)
 
 
 def resolve_budget(config: schema.Config, store: Path, out: Path) -> Budget:

@@ -8,15 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from qbuild import kernels, schema
 from qbuild.actions import file, metadata, tensor
 from qbuild.arch import convert, mix
 from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.checkpoint import Checkpoint, shapes
-from qbuild.digest import digest_bytes
+from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, InputError
 from qbuild.ggml import FILE_TYPES, QTYPES, FileType
 from qbuild.graph import Action, Graph, Input, Source
+from qbuild.imatrix import Imatrix
+from qbuild.imatrix import load as load_imatrix
 from qbuild.source import open_source
 
 __all__ = ["FileTarget", "Resolved", "model_name", "open_model", "resolve"]
@@ -45,6 +49,7 @@ class Resolved:
     graph: Graph
     targets: tuple[FileTarget, ...]
     specs: dict[str, TensorSpec]
+    imatrix_slices: dict[Digest, bytes]
 
 
 def open_model(model: schema.Model, *, fetch: bool, offline: bool) -> Checkpoint:
@@ -89,7 +94,14 @@ def resolve(config: schema.Config, *, fetch: bool) -> Resolved:
     targets = tuple(builder.file_target(name, target) for name, target in config.targets.items())
     _check_names(targets)
     return Resolved(
-        config, checkpoint, builder.facts, builder.name, builder.graph, targets, {s.name: s for s in builder.specs}
+        config,
+        checkpoint,
+        builder.facts,
+        builder.name,
+        builder.graph,
+        targets,
+        {s.name: s for s in builder.specs},
+        builder.slices,
     )
 
 
@@ -111,6 +123,8 @@ class _Builder:
         self.specs = convert.tensor_specs(checkpoint, config.model.outtype)
         self.name = model_name(config.model, checkpoint)
         self.graph = Graph()
+        self.matrices: dict[str, Imatrix] = {}
+        self.slices: dict[Digest, bytes] = {}
         self.kvs = self._metadata()
 
     def _metadata(self) -> Input:
@@ -129,12 +143,19 @@ class _Builder:
         if not isinstance(target, schema.GgufTarget):
             raise ConfigError(place, f"format {target.format!r} cannot be built yet", "choose a gguf/… target")
         choices = tuple(mix.choose(self.specs, self.facts, _mix(target)))
-        lacking = None if target.imatrix else mix.needs_imatrix(choices, _mix(target))
-        if lacking:
+        matrix = self._imatrix(target.imatrix) if target.imatrix else None
+        bare = choices if matrix is None else [c for c in choices if c[0].name not in matrix.entries]
+        lacking = mix.needs_imatrix(bare, _mix(target))
+        if lacking and matrix is None:
             fact = f"{target.ftype} needs an importance matrix (for {lacking})"
             raise ConfigError(place, fact, f"make one with llama-imatrix, then {place}.imatrix=FILE")
-        tensors = tuple(self.graph.add(self.tensor(spec, type_, place)) for spec, type_ in choices)
-        params = file.Params(FILE_TYPES[target.ftype].id, tuple((s.name, s.shape, t) for s, t in choices))
+        if lacking:
+            fact = f"{target.imatrix} has no entry for {lacking}, which cannot be made without one"
+            raise InputError(place, fact, "make an importance matrix of this very model: llama-imatrix")
+        tensors = tuple(self.graph.add(self.tensor(spec, type_, place, matrix)) for spec, type_ in choices)
+        shapes_ = tuple((s.name, s.shape, t) for s, t in choices)
+        noted = (matrix.file, matrix.dataset, len(matrix.entries), matrix.chunks) if matrix else None
+        params = file.Params(FILE_TYPES[target.ftype].id, shapes_, noted)
         named = ((spec.name, output) for (spec, _), output in zip(choices, tensors, strict=True))
         made = self.graph.add(Action(f"file:{name}", file.KIND, params, (("kvs", self.kvs), *named)))
         self.graph.targets[name] = made.action
@@ -142,7 +163,26 @@ class _Builder:
         ids = tuple(output.action for output in tensors)
         return FileTarget(name, file_name, FILE_TYPES[target.ftype], choices, ids, made.action)
 
-    def tensor(self, spec: TensorSpec, type_: str, place: str) -> Action:
+    def _imatrix(self, path: str) -> Imatrix:
+        """An importance matrix, read once however many targets use it."""
+        if path not in self.matrices:
+            self.matrices[path] = load_imatrix(path)
+        return self.matrices[path]
+
+    def _slice(self, spec: TensorSpec, type_: str, place: str, matrix: Imatrix | None) -> Digest | None:
+        """The part of an importance matrix that weighs this tensor, by digest; its bytes are kept for the pass."""
+        if matrix is None or type_ not in tensor.WEIGHED:
+            return None
+        matrices = spec.shape[0] if len(spec.shape) > 2 else 1
+        values = matrix.values(spec.name, matrices, spec.shape[-1], place)
+        if values is None:
+            return None
+        data = np.ascontiguousarray(values, np.float32).tobytes()
+        digest = digest_bytes(data)
+        self.slices[digest] = data
+        return digest
+
+    def tensor(self, spec: TensorSpec, type_: str, place: str, matrix: Imatrix | None) -> Action:
         """The action that makes one output tensor in one type."""
         cols = spec.shape[-1]
         inputs: list[tuple[str, Input]] = []
@@ -162,7 +202,11 @@ class _Builder:
         if type_ not in (dtype, "F32", "F16", "BF16") and type_ not in kernels.MODULES:
             raise ConfigError(place, f"{spec.name}: no quantizer for {type_} is built in", "choose another type")
         params = tensor.Params(type_, spec.stored, dtype, cols, spec.transform)
-        return Action(f"{spec.name}:{type_}", tensor.KIND, params, tuple(inputs))
+        weights = self._slice(spec, type_, place, matrix)
+        if weights is None:
+            return Action(f"{spec.name}:{type_}", tensor.KIND, params, tuple(inputs))
+        inputs.append(("imatrix", weights))
+        return Action(f"{spec.name}:{type_}+{weights.hash[:8]}", tensor.KIND, params, tuple(inputs))
 
 
 def _mix(target: schema.GgufTarget) -> mix.Mix:

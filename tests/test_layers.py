@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent / "qbuild"
 LAYERS = [
     "errors digest ggml",
     "gguffile graph manifest budget",
-    "fsutil links upkeep index store cache machine checkpoint source",
+    "fsutil links upkeep index store cache machine checkpoint imatrix source",
     "kernels. arch.",
     "actions.",
     "schema recipe lower plan inspection",

@@ -54,6 +54,7 @@ class Want:
 
     params: tensor.Params
     places: tuple[tuple[int, int], ...]
+    imatrix: bytes | None = None  # float32 [experts or 1, cols]
 
 
 @dataclass(frozen=True)
@@ -282,8 +283,7 @@ class Pass:
                 return
             work = _Open(task, todo, locks, time.monotonic(), [], [Hasher() for _ in todo])
             for chunk in self._chunks(work, reader):
-                params = [w.params for w in todo]
-                self.ready.put((work, chunk, pool.submit(self._encode, chunk, params)))
+                self.ready.put((work, chunk, pool.submit(self._encode, chunk, todo)))
                 if self.failure is not None:
                     return
         except BaseException:
@@ -323,7 +323,8 @@ class Pass:
     def _lock_name(self, task: TensorTask, want: Want) -> str:
         """Named by place, not by content: two builds that start cold do not know the digests yet."""
         places = tuple((str(self.task.files[p.file].path), p.offset, p.nbytes) for p in task.pieces if p.data is None)
-        return digest_bytes(repr((places, task.name if not places else "", want.params)).encode()).hash
+        weights = digest_bytes(want.imatrix) if want.imatrix is not None else None
+        return digest_bytes(repr((places, task.name if not places else "", want.params, weights)).encode()).hash
 
     def _waiting(self) -> None:
         self.emit({"event": "message", "level": "info", "text": "waiting for another build that makes the same tensor"})
@@ -372,16 +373,17 @@ class Pass:
 
     # compute ---------------------------------------------------------------------------------------------------------
 
-    def _encode(self, chunk: _Chunk, params: list[tensor.Params]) -> Times:
+    def _encode(self, chunk: _Chunk, wants: list[Want]) -> Times:
         times: Times = []
-        for want, out in zip(params, chunk.outs, strict=True):
+        for want, out in zip(wants, chunk.outs, strict=True):
             began = time.monotonic()
             try:
-                tensor.encode(chunk.raw, want, out)
+                for rows, weights in _weighed(want, chunk):
+                    tensor.encode(chunk.raw[rows], want.params, out[rows], weights)
             except tensor.BadWeights as bad:
                 at = f" in row {chunk.row + bad.row}" if bad.row is not None else ""
                 raise InputError(chunk.task.pieces[0].name, bad.fact + at, bad.remedy) from None
-            times.append((want.type, chunk.rows * want.cols, time.monotonic() - began))
+            times.append((want.params.type, chunk.rows * want.params.cols, time.monotonic() - began))
         return times
 
     # reuse -----------------------------------------------------------------------------------------------------------
@@ -390,7 +392,7 @@ class Pass:
         """Put a cached tensor in its places, verified byte for byte; False where it must be computed."""
         if self.task.recompute:
             return False
-        result = self.cache.get(key_of(want.params, digests))
+        result = self.cache.get(key_of(want, digests))
         if result is None:
             return False
         digest = result.outputs[0]
@@ -471,7 +473,7 @@ class Pass:
             for index, offset in want.places:
                 self.outputs[index].finish_tensor(offset, digest.size, digest)
                 self.outputs[index].computed += 1
-            key = key_of(want.params, work.digests)
+            key = key_of(want, work.digests)
             self.cache.put(key, ActionResult(tensor.KIND, (digest,), seconds))
             self.cache.note_hint(hint_of(work.task.name, work.task.nbytes, want.params.type))
             self.tally.computed += 1
@@ -493,10 +495,28 @@ class Pass:
         return FileResult(output.task.target, digest, output.computed, output.reused)
 
 
-def key_of(params: tensor.Params, digests: list[Digest]) -> str:
+def key_of(want: Want, digests: list[Digest]) -> str:
     """The action key of a tensor whose source digests are known."""
     inputs = [(f"source {i}", d) for i, d in enumerate(digests)]
-    return action_key(walk(tensor.KIND, tensor.SALT, params, inputs))
+    if want.imatrix is not None:
+        inputs.append(("imatrix", digest_bytes(want.imatrix)))
+    return action_key(walk(tensor.KIND, tensor.SALT, want.params, inputs))
+
+
+def _weighed(want: Want, chunk: _Chunk) -> Iterator[tuple[slice, np.ndarray | None]]:
+    """Rows of a chunk with the column weights that are theirs: each expert of a stacked tensor has its own."""
+    if want.imatrix is None:
+        yield slice(0, chunk.rows), None
+        return
+    weights = np.frombuffer(want.imatrix, np.float32).reshape(-1, want.params.cols)
+    width = tensor.source_row_bytes(want.params)
+    each = chunk.task.nbytes // width // len(weights)
+    at = 0
+    while at < chunk.rows:
+        expert = (chunk.row + at) // each
+        stop = min(chunk.rows, (expert + 1) * each - chunk.row)
+        yield slice(at, stop), weights[expert]
+        at = stop
 
 
 def hint_of(name: str, nbytes: int, type_: str) -> str:

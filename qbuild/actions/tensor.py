@@ -19,6 +19,15 @@ SALT = 1
 _VIEWS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
+# Types whose quantizer weighs columns by an importance matrix; for the others it is no input.
+WEIGHED = frozenset(
+    (
+        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M"),
+        *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    )
+)
+
+
 class BadWeights(Exception):
     """Weights that no output can hold; the caller knows the place. ``row`` counts from the first row encoded."""
 

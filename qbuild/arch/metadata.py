@@ -160,8 +160,25 @@ def _special(writer: Any, special: vocab.Special) -> None:
 REPLACED = ("general.quantization_version", "general.file_type")
 
 
-def quantized_kvs(kvs: Sequence[KV], file_type: int) -> list[KV]:
-    """What llama-quantize writes: the source's pairs, then version and file type at the end; split.* are dropped."""
+def quantized_kvs(
+    kvs: Sequence[KV], file_type: int, imatrix: tuple[str, str | None, int, int] | None = None
+) -> list[KV]:
+    """What llama-quantize writes: the source's pairs, then version and file type at the end; split.* are dropped.
+
+    ``imatrix``: file, data set, entries and chunks, which it notes after them (texts cut to 127 bytes).
+    """
     kept = [kv for kv in kvs if kv.key not in REPLACED and not kv.key.startswith("split.")]
     version = encode_kv("general.quantization_version", 2, GGUFType.UINT32)
-    return [*kept, version, encode_kv("general.file_type", file_type, GGUFType.UINT32)]
+    noted = [version, encode_kv("general.file_type", file_type, GGUFType.UINT32)]
+    if imatrix is not None:
+        file, dataset, entries, chunks = imatrix
+        texts = {"file": file} | ({"dataset": dataset} if dataset is not None else {})
+        numbers = {"entries_count": entries} | ({"chunks_count": chunks} if chunks > 0 else {})
+        noted += [_noted(name, text.encode()[:127].decode("utf-8", "surrogateescape")) for name, text in texts.items()]
+        noted += [encode_kv(f"quantize.imatrix.{name}", n, GGUFType.UINT32) for name, n in numbers.items()]
+    replaced = {kv.key for kv in noted}
+    return [*(kv for kv in kept if kv.key not in replaced), *noted]
+
+
+def _noted(name: str, text: str) -> KV:
+    return encode_kv(f"quantize.imatrix.{name}", text, GGUFType.STRING)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qbuild.gguffile import read_header
 
 HERE = Path(__file__).parent.parent
 REFERENCE = HERE / "reference"
@@ -32,6 +36,28 @@ def compare(name: str, model: Path, out: Path) -> None:
 
 def test_every_plain_file_type_of_tiny_llama_equals_llama_cpps_file(tmp_path: Path) -> None:
     compare("tiny-llama", HERE / "data" / "tiny-llama", tmp_path)
+
+
+def test_every_plain_file_type_with_an_importance_matrix_equals_llama_cpps_file(tmp_path: Path) -> None:
+    expected = json.loads((REFERENCE / "tiny-llama.json").read_text())["files with imatrix"]
+    shutil.copy(HERE / "data" / "tiny-llama-imatrix.gguf", tmp_path)  # the file notes the path as it was typed
+    words = [f"targets.{name.lower()}.imatrix=tiny-llama-imatrix.gguf" for name in expected]
+    targets = build(HERE / "data" / "tiny-llama", tmp_path, list(expected), *words)["targets"]
+    assert {n: targets[n.lower()]["digest"] for n in expected} == expected
+
+
+def test_a_changed_column_weight_requantizes_its_tensor_alone(tmp_path: Path) -> None:
+    matrix = tmp_path / "im.gguf"
+    shutil.copy(HERE / "data" / "tiny-llama-imatrix.gguf", matrix)
+    words = ("Q4_K_M",), "targets.q4_k_m.imatrix=im.gguf"
+    build(HERE / "data" / "tiny-llama", tmp_path, list(words[0]), words[1])
+    header = read_header(matrix)
+    sums = next(t for t in header.tensors if t.name == "blk.1.ffn_up.weight.in_sum2")
+    with matrix.open("r+b") as file:
+        file.seek(header.data_offset + sums.offset + 4)
+        file.write(struct.pack("<f", 1e6))
+    again = build(HERE / "data" / "tiny-llama", tmp_path, list(words[0]), words[1])
+    assert again["targets"]["q4_k_m"]["verdicts"] == {"hit": 28, "run": 1}
 
 
 @pytest.mark.slow

@@ -17,25 +17,10 @@ from pathlib import Path
 
 import blake3
 
-PLAIN = [
-    "F32",
-    "F16",
-    "BF16",
-    "Q8_0",
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q2_K",
-    "Q3_K_S",
-    "Q3_K_M",
-    "Q3_K_L",
-    "Q4_K_S",
-    "Q4_K_M",
-    "Q5_K_S",
-    "Q5_K_M",
-    "Q6_K",
-]  # Q2_K_S needs an importance matrix
+PLAIN = (
+    "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q2_K_S Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K".split()
+)
+NEED_IMATRIX = {"Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS"}
 
 
 def digest(path: Path) -> str:
@@ -44,14 +29,23 @@ def digest(path: Path) -> str:
 
 def main(llama: Path, model: Path, out: Path, types: list[str]) -> None:
     files = {}
+    # A matrix beside the model's folder is used too; its path is typed as a bare name, for the file notes it.
+    matrix = model.resolve().parent / f"{model.name}-imatrix.gguf"
+    weighed = {}
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder) / "converted.gguf"
         convert = [sys.executable, "convert_hf_to_gguf.py", str(model.resolve()), "--outfile", str(converted)]
         subprocess.run(convert, cwd=llama, check=True, capture_output=True)
         for name in types:
             made = Path(folder) / f"{name}.gguf"
-            subprocess.run([llama / "build/bin/llama-quantize", converted, made, name], check=True, capture_output=True)
-            files[name] = digest(made)
+            if name not in NEED_IMATRIX:
+                command = [llama / "build/bin/llama-quantize", converted, made, name]
+                subprocess.run(command, check=True, capture_output=True)
+                files[name] = digest(made)
+            if matrix.is_file():
+                command = [llama / "build/bin/llama-quantize", "--imatrix", matrix.name, converted, made, name]
+                subprocess.run(command, check=True, capture_output=True, cwd=matrix.parent)
+                weighed[name] = digest(made)
             made.unlink()
     packages = {name: version(name) for name in ("transformers", "tokenizers", "sentencepiece")}
     document = {
@@ -60,6 +54,7 @@ def main(llama: Path, model: Path, out: Path, types: list[str]) -> None:
         "command": "convert_hf_to_gguf.py MODEL; llama-quantize CONVERTED OUT TYPE",
         "packages": packages,
         "files": files,
+        "files with imatrix": weighed,
     }
     out.write_text(json.dumps(document, indent=1) + "\n")
 

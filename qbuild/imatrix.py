@@ -1,0 +1,120 @@
+"""Importance matrices: the mean square of every column's input, by weight name, from a file of llama.cpp's.
+
+Both of its formats are read: GGUF (``general.type`` imatrix) and the older ``.dat``. Source: llama.cpp's
+tools/quantize and tools/imatrix (facts, no code).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qbuild.errors import InputError
+from qbuild.gguffile import GgufHeader, decode_kv, read_header
+
+__all__ = ["Imatrix", "load"]
+
+MAX_DAT = 1 << 30
+SUMS, COUNTS = ".in_sum2", ".counts"
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """``entries`` are float32, flat: columns, times experts for stacked weights. ``file`` is the path as typed."""
+
+    file: str
+    entries: Mapping[str, np.ndarray]
+    dataset: str | None
+    chunks: int
+
+    def values(self, name: str, matrices: int, cols: int, place: str) -> np.ndarray | None:
+        """[matrices, cols] for a weight; None where the file has no entry for it."""
+        found = self.entries.get(name)
+        if found is None:
+            return None
+        if found.size != matrices * cols:
+            if name == "token_embd.weight":
+                return None  # llama-quantize passes over it too
+            fact = f"{self.file} has {found.size} values for {name}, which has {matrices * cols} columns"
+            raise InputError(place, fact, "make an importance matrix of this very model: llama-imatrix")
+        return found.reshape(matrices, cols)
+
+
+def load(file: str) -> Imatrix:
+    """Read and check an importance matrix."""
+    path = Path(file).expanduser()
+    try:
+        with path.open("rb") as opened:
+            magic = opened.read(4)
+        found = _load_gguf(file, path) if magic == b"GGUF" else _load_dat(file, path)
+    except OSError as error:
+        raise InputError(file, f"cannot be read: {error.strerror}", "make one with llama-imatrix") from None
+    if not found.entries:
+        raise InputError(file, "has no entries", "make an importance matrix with llama-imatrix")
+    for name, values in found.entries.items():
+        if not np.isfinite(values).all():
+            raise InputError(file, f"{name} has values that are NaN or infinite", "make the importance matrix anew")
+    return found
+
+
+def _load_gguf(file: str, path: Path) -> Imatrix:
+    header = read_header(path)
+    kvs = {kv.key: kv for kv in header.kvs}
+    missing = [k for k in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size") if k not in kvs]
+    if missing:
+        raise InputError(file, f"is no importance matrix: it has no {missing[0]}", "make one with llama-imatrix")
+    data = _tensors(file, path, header)
+    entries = {}
+    for name, sums in data.items():
+        if not name.endswith(SUMS):
+            continue
+        weight = name.removesuffix(SUMS)
+        counts = data.get(weight + COUNTS)
+        if counts is None or counts.size == 0 or sums.size % counts.size:
+            raise InputError(file, f"{weight} has sums without fitting counts", "make the importance matrix anew")
+        each = sums.reshape(counts.size, -1)
+        counts = counts.reshape(-1, 1)
+        entries[weight] = np.where(counts > 0, each / np.maximum(counts, np.float32(1e-30)), np.float32(1)).reshape(-1)
+    datasets = decode_kv(kvs["imatrix.datasets"])
+    return Imatrix(file, entries, datasets[0] if datasets else None, int(decode_kv(kvs["imatrix.chunk_count"])))
+
+
+def _tensors(file: str, path: Path, header: GgufHeader) -> dict[str, np.ndarray]:
+    found = {}
+    with path.open("rb") as opened:
+        for tensor in header.tensors:
+            if tensor.type != "F32":
+                raise InputError(file, f"{tensor.name} is {tensor.type}, not F32", "make the importance matrix anew")
+            opened.seek(header.data_offset + tensor.offset)
+            data = opened.read(tensor.nbytes)
+            if len(data) != tensor.nbytes:
+                raise InputError(file, "is truncated", "fetch or make it again")
+            found[tensor.name] = np.frombuffer(data, np.float32)
+    return found
+
+
+def _load_dat(file: str, path: Path) -> Imatrix:
+    """int32 count; per entry: name length, name, calls, number of values, sums over calls; then chunks, data set."""
+    if path.stat().st_size > MAX_DAT:
+        raise InputError(file, "is too large for an importance matrix", "name the right file")
+    data, at, entries = path.read_bytes(), 4, {}
+    try:
+        for _ in range(struct.unpack_from("<i", data)[0]):
+            length = struct.unpack_from("<i", data, at)[0]
+            name = data[at + 4 : at + 4 + length].decode()
+            calls, count = struct.unpack_from("<ii", data, at + 4 + length)
+            at += 12 + length
+            values = np.frombuffer(data, "<f4", count, at)
+            at += 4 * count
+            entries[name] = values / np.float32(calls) if calls > 0 else values.copy()
+        chunks, dataset = 0, None
+        if at + 8 <= len(data):
+            chunks, length = struct.unpack_from("<ii", data, at)
+            dataset = data[at + 8 : at + 8 + length].decode()
+    except (struct.error, ValueError, UnicodeDecodeError):
+        raise InputError(file, "is no importance matrix, or is truncated", "make one with llama-imatrix") from None
+    return Imatrix(file, entries, dataset, chunks)
