@@ -1,6 +1,6 @@
 """Speed of the quantizers beside ggml's, in one run on one thread, and whether the bytes are equal.
 
-    python benchmarks/kernels.py [--ggml libggml-base.so] [--types Q4_K,Q6_K] [--weights 2] [--dtype F32]
+    python benchmarks/bench_kernels.py [--ggml libggml-base.so] [--types Q4_K,Q6_K] [--weights 2] [--dtype F32]
 
 Thread CPU time, best of several, so a loaded machine disturbs little. ggml always reads float32, and as many of
 the weights as keep it short. ``bad`` counts blocks that differ, of all that ggml was given.
