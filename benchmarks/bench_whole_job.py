@@ -81,9 +81,7 @@ def main() -> None:
     )
     for name, (seconds, busy, peak) in rows:
         print(f"{name:24}{seconds:9.1f}{busy:9.1f}{peak / 1e6:9.0f}")
-    print(
-        f"ratio: {theirs[0] / ours[0]:.1f} x wall, {theirs[1] / ours[1]:.1f} x CPU; files {'equal' if equal else 'DIFFER'}"
-    )
+    print(f"ratio: {theirs[0] / ours[0]:.1f} x wall, {theirs[1] / ours[1]:.1f} x CPU; equal files: {equal}")
     print("qbuild's stages (s):", json.dumps({k: round(v, 1) for k, v in report["totals"]["seconds"].items()}))
 
 
