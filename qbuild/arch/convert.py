@@ -39,6 +39,8 @@ class Transform:
         """Transform whole units of rows; ``chunk`` is [rows, cols]."""
         if self.kind != "permute":
             return chunk
+        if chunk.shape[0] == 1:  # a bias: its elements are its rows
+            return self.apply(chunk.reshape(-1, 1)).reshape(1, -1)
         rows, cols = chunk.shape
         pairs = chunk.reshape(rows // self.unit, 2, self.unit // 2, cols).swapaxes(1, 2)
         return np.ascontiguousarray(pairs).reshape(rows, cols)
@@ -151,19 +153,22 @@ def _rope_factors(config: Mapping[str, Any]) -> list[TensorSpec]:
         return []
     _, _, dim = heads(config)
     base = rope.get("rope_theta") or hparam(config, "rope_theta", 10000.0)
-    freqs = np.float32(1) / (np.float32(base) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))
+    # PyTorch's float32 power is the rounded exact one here; NumPy's is not, in one value of five.
+    exponents = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
+    f32 = np.float32
+    freqs = f32(1) / np.power(np.float64(base), exponents).astype(np.float32)
     factor, low, high = rope.get("factor", 8.0), rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
     old = rope.get("original_max_position_embeddings", 8192)
     factors = []
     for freq in freqs:
-        wavelen = 2 * np.pi / float(freq)
+        wavelen = f32(1) / freq * f32(2 * np.pi)  # PyTorch divides a number by a tensor that way: two roundings
         if wavelen < old / high:
             factors.append(1.0)
         elif wavelen > old / low:
             factors.append(factor)
         else:
-            smooth = (old / wavelen - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
+            smooth = (f32(1) / wavelen * f32(old) - f32(low)) / f32(high - low)
+            factors.append(f32(1) / ((f32(1) - smooth) / f32(factor) + smooth))
     data = np.array(factors, np.float32).tobytes()
     return [TensorSpec("rope_freqs.weight", (len(factors),), (), Transform(), "F32", data)]
 

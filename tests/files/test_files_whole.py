@@ -60,6 +60,25 @@ def test_a_changed_column_weight_requantizes_its_tensor_alone(tmp_path: Path) ->
     assert again["targets"]["q4_k_m"]["verdicts"] == {"hit": 28, "run": 1}
 
 
+def _variants() -> Any:
+    spec = importlib.util.spec_from_file_location("make_variants", REFERENCE / "make_variants.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+VARIANTS: dict[str, dict[str, str]] = json.loads((REFERENCE / "variants.json").read_text())["files"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_way_a_llama_can_differ_gives_llama_cpps_files(variant: str, tmp_path: Path) -> None:
+    model = _variants().write(variant, tmp_path)
+    targets = build(model, tmp_path, list(VARIANTS[variant]))["targets"]
+    assert {name: targets[name.lower()]["digest"] for name in VARIANTS[variant]} == VARIANTS[variant]
+
+
 @pytest.mark.slow
 def test_every_plain_file_type_of_smollm2_equals_llama_cpps_file(tmp_path: Path) -> None:
     """A byte-level BPE vocabulary, tied embeddings, and rows that are no multiple of 256 (so types fall back)."""
