@@ -45,6 +45,7 @@ class _Hub:
         self.repo, self.revision, self.offline = repo, revision, offline
 
     def open(self, fetch: bool) -> Checkpoint:
+        import httpx  # what huggingface_hub speaks through, and whose errors it lets out
         from huggingface_hub import errors
 
         try:
@@ -64,7 +65,7 @@ class _Hub:
             raise InputError(self.repo, "is not in the local cache and the Hub cannot be asked", remedy) from None
         except errors.HfHubHTTPError as error:
             raise InputError(self.repo, f"the Hub answered with an error: {error}", "try again later") from None
-        except OSError as error:
+        except (OSError, httpx.HTTPError) as error:
             remedy = "check the network, or give a directory: model.source=DIRECTORY"
             raise InputError(self.repo, f"the Hub cannot be reached: {error}", remedy) from None
 
