@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -45,7 +46,6 @@ class _Hub:
         self.repo, self.revision, self.offline = repo, revision, offline
 
     def open(self, fetch: bool) -> Checkpoint:
-        import httpx  # what huggingface_hub speaks through, and whose errors it lets out
         from huggingface_hub import errors
 
         try:
@@ -65,7 +65,7 @@ class _Hub:
             raise InputError(self.repo, "is not in the local cache and the Hub cannot be asked", remedy) from None
         except errors.HfHubHTTPError as error:
             raise InputError(self.repo, f"the Hub answered with an error: {error}", "try again later") from None
-        except (OSError, httpx.HTTPError) as error:
+        except (OSError, _transport_error()) as error:
             remedy = "check the network, or give a directory: model.source=DIRECTORY"
             raise InputError(self.repo, f"the Hub cannot be reached: {error}", remedy) from None
 
@@ -126,3 +126,12 @@ class _Hub:
             return 8 + length, json.loads(part(8, 7 + length))
         except ValueError:
             raise InputError(f"{self.repo}/{name}", "its header is not JSON", "choose another repository") from None
+
+
+def _transport_error() -> type[Exception]:
+    """The error class of the HTTP library below huggingface_hub, which lets it out; its name changes between releases."""
+    from huggingface_hub import get_session
+
+    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    found: type[Exception] = library.HTTPError
+    return found
