@@ -38,8 +38,8 @@ def main(models: list[Path]) -> None:
             subprocess.run([str(word) for word in maker], check=True)
             models.append(root / shape)
         for number, model in enumerate(models if len(sys.argv) > 1 else [TINY, *models]):
-            for targets, words in SETTINGS:
-                run = root / f"run{number}{len(words)}{len(targets)}{words}"
+            for setting, (targets, words) in enumerate(SETTINGS):
+                run = root / f"run{number}-{setting}"
                 document = build(model, targets, words, run)
                 show(model.name, targets.replace("gguf/", ""), " ".join(words), document)
                 subprocess.run(["rm", "-rf", str(run)], check=True)

@@ -129,7 +129,7 @@ class _Hub:
 
 
 def _transport_error() -> type[Exception]:
-    """The error class of the HTTP library below huggingface_hub, which lets it out; its name changes between releases."""
+    """The error class of the HTTP library below huggingface_hub, which lets it out; that library changes."""
     from huggingface_hub import get_session
 
     library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
