@@ -17,7 +17,7 @@ from qbuild.cache import ActionCache, ActionResult
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError
 from qbuild.graph import Source
-from qbuild.lower import PARENT_RAM, Wanted, header, layout, pass_task, predict_ram
+from qbuild.lower import PARENT_RAM, Wanted, header, kernels_of, layout, pass_task, predict_ram
 from qbuild.manifest import action_key
 from qbuild.plan import Judge, Plan
 from qbuild.progress import Sink, Status
@@ -32,17 +32,28 @@ MOVABLE = 1 << 30  # bytes: fewer stay in the page cache
 def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
     """Make everything the configuration asks for; returns the content of ``build.json``."""
     began = time.monotonic()
-    made = plan.make(config, fetch=True)
+    made = _sound_plan(config, sink)
     with ExitStack() as stack:
         stack.enter_context(made.store.in_use())
         waited = False
         for name in sorted(_lock_names(made)):
             waited |= stack.enter_context(_locked(made, name, sink))
         if waited:  # the other build may have made what we wanted
-            made = plan.make(config, fetch=True)
+            made = _sound_plan(config, sink)
         run = _Build(made, sink)
         run.all()
         return run.report(time.monotonic() - began)
+
+
+def _sound_plan(config: schema.Config, sink: Sink) -> Plan:
+    """A plan whose stored files are right: one that is damaged is dropped, and planned to be made again."""
+    made = plan.make(config, fetch=True)
+    hits = [t for t in made.targets if t.verdict.state == "hit"]
+    damaged = [t.name for t in hits if not made.store.check_blob(t.verdict.outputs[0])]
+    if damaged:
+        sink.message("warning", f"the stored file of {', '.join(damaged)} is damaged: it is dropped and made again")
+        made = plan.make(config, fetch=True)
+    return made
 
 
 def _lock_names(made: Plan) -> list[str]:
@@ -83,33 +94,23 @@ class _Build:
 
     def all(self) -> None:
         self.judge.verdicts = dict(self.plan.verdicts)
-        damaged = [t for t in self.plan.targets if t.verdict.state == "hit" and not self._serve(t.name)]
+        for target in self.plan.targets:
+            if target.verdict.state == "hit":
+                self._serve(target)
         todo = [t for t in self.resolved.targets if t.name not in self.results]
-        if damaged:
-            self.judge.all()
-            names = ", ".join(t.name for t in damaged)
-            self.sink.message("warning", f"the stored file of {names} was damaged: it is dropped and made again")
         if todo:
             self._metadata()
             self._warm(todo)
             self._pass(todo)
 
-    def _serve(self, name: str) -> bool:
-        """Put a stored file in place, verified; False (and forgotten) when it is damaged."""
-        target = next(t for t in self.plan.targets if t.name == name)
+    def _serve(self, target: plan.TargetPlan) -> None:
+        """Put a stored file in its place."""
         digest = target.verdict.outputs[0]
-        if not self.store.check_blob(digest):
-            return False
-        self._link(target.path, digest, name)
-        counts = {"hit": len(self._target(name).tensors)}
-        self.results[name] = self._result(name, digest, counts, 0.0)
-        return True
+        self._link(target.path, digest, target.name)
+        self.results[target.name] = self._result(target.name, digest, {"hit": sum(target.verdicts.values())}, 0.0)
 
     def _link(self, path: Path, digest: Digest, name: str) -> None:
         self.store.link_out(digest, path, self.resolved.config.store.link, target=name)
-
-    def _target(self, name: str) -> FileTarget:
-        return next(t for t in self.resolved.targets if t.name == name)
 
     def _job(self, kind: str, label: str, task: Any, predicted: int) -> worker.Done:
         limit = max(0, self.plan.budget.ram - PARENT_RAM)
@@ -140,12 +141,7 @@ class _Build:
 
     def _warm(self, todo: list[FileTarget]) -> None:
         """Compile what has not been compiled on this machine, in a process of its own."""
-        types = {
-            action.params.type for t in todo for action in map(self.resolved.graph.actions.get, t.tensors) if action
-        }
-        dtypes = {t.dtype for t in self.resolved.checkpoint.tensors.values()}
-        stored = {spec.stored for t in todo for spec, _ in t.choices}
-        task = warm.Task(tuple(sorted(types)), tuple(sorted(dtypes | stored)))
+        task = kernels_of(self.resolved, todo)
         stamp = warm.stamp(task)
         if not self.cache.has_hint(stamp):
             self.sink.message("info", f"compiling kernels for {', '.join(task.types)} (once per machine)")
@@ -181,6 +177,7 @@ class _Build:
             if nbytes > MOVABLE:
                 self.cache.note_rate(name, nbytes / max(tally.seconds[name], 1e-6))
         judge = Judge(self.resolved, self.store, rebuild=False)
+        judge.learn(tally.sources)
         judge.all()
         self.judge = judge
         for made in files:
@@ -213,6 +210,7 @@ class _Build:
     def _start(self, task: stream.PassTask) -> None:
         self.began = time.monotonic()
         self.todo_tensors, self.todo_bytes = len(task.tensors), sum(t.nbytes for t in task.tensors)
+        self.weights = sum(spec.weights for spec in self.resolved.specs.values())
         title = f"{self.resolved.name} → {', '.join(o.target for o in task.outputs)}"
         self.sink.start(title, self.todo_tensors, self.todo_bytes, self.plan.budget.ram)
 
@@ -222,14 +220,13 @@ class _Build:
             return
         elapsed = max(time.monotonic() - self.began, 1e-3)
         rate = event["bytes"] / elapsed
-        weights = sum(spec.weights for spec in self.resolved.specs.values())
         self.sink.update(
             Status(
                 tensors_done=event["tensors"],
                 tensors_total=self.todo_tensors,
                 bytes_done=event["bytes"],
                 bytes_total=self.todo_bytes,
-                weights_per_s=rate * weights / max(self.todo_bytes, 1),
+                weights_per_s=rate * self.weights / max(self.todo_bytes, 1),
                 eta_s=(self.todo_bytes - event["bytes"]) / rate if rate else None,
                 rss=event["rss"] + machine.process_rss(os.getpid()),
                 budget=self.plan.budget.ram,

@@ -5,11 +5,11 @@ Chunk size and threads are strategy: they change the footprint and the time, nev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qbuild import gguffile
-from qbuild.actions import stream
+from qbuild.actions import stream, warm
 from qbuild.budget import Budget, Remedy, refuse
 from qbuild.digest import Digest
 from qbuild.gguffile import KV
@@ -114,6 +114,14 @@ def predict_ram(task: stream.PassTask) -> int:
 def predict_parent(wanted: list[Wanted]) -> int:
     """Peak bytes of the process that plans and watches: it holds each vocabulary once, and every header."""
     return PARENT_RAM + 2 * max(w.layout.offsets[0] for w in wanted) + sum(w.layout.offsets[0] for w in wanted)
+
+
+def kernels_of(resolved: Resolved, todo: Sequence[FileTarget]) -> warm.Task:
+    """The kernels that making these files needs."""
+    types = {resolved.graph.actions[action].params.type for t in todo for action in t.tensors}
+    dtypes = {t.dtype for t in resolved.checkpoint.tensors.values()}
+    stored = {spec.stored for t in todo for spec, _ in t.choices}
+    return warm.Task(tuple(sorted(types)), tuple(sorted(dtypes | stored)))
 
 
 def choose_strategy(resolved: Resolved, wanted: list[Wanted], budget: Budget, before: int) -> tuple[Strategy, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qbuild import machine, schema
-from qbuild.actions import file, metadata, stream, tensor
+from qbuild.actions import file, metadata, stream, tensor, warm
 from qbuild.arch.metadata import quantized_kvs
 from qbuild.budget import Budget, Footprint, Remedy, parse_size, refuse
 from qbuild.cache import ActionCache
@@ -24,7 +24,7 @@ from qbuild.errors import InputError
 from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Source
-from qbuild.lower import CHUNKS, Strategy, Wanted, choose_strategy, layout, pass_task
+from qbuild.lower import CHUNKS, Strategy, Wanted, choose_strategy, kernels_of, layout, pass_task
 from qbuild.manifest import action_key, walk
 from qbuild.recipe import FileTarget, Resolved, resolve
 from qbuild.store import Store
@@ -132,6 +132,7 @@ class Judge:
         self.resolved, self.store, self.rebuild = resolved, store, rebuild
         self.cache = ActionCache(store)
         self.records: dict[str, dict[int, Digest] | None] = {}
+        self.learned: dict[tuple[str, int], Digest] = {}
         self.verdicts: dict[str, Verdict] = {}
         self.small = {str(path) for path in resolved.checkpoint.aux.values()}
         self.identities = {str(f.path): f.identity for f in resolved.checkpoint.files}
@@ -147,6 +148,9 @@ class Judge:
             hasher = Hasher()
             hasher.update(Path(source.file).read_bytes())
             return hasher.digest()
+        learned = self.learned.get((source.file, source.offset))
+        if learned is not None:
+            return learned
         if source.file not in self.records:
             self.records[source.file] = self._record(source.file)
         record = self.records[source.file]
@@ -201,10 +205,16 @@ class Judge:
         tokenizer = next((aux[n].stat().st_size for n in ("tokenizer.json", "tokenizer.model") if n in aux), 2 << 20)
         return tokenizer // 2 + 4096, False
 
-    def ram_before(self) -> int:
+    def ram_before(self, todo: list[FileTarget]) -> int:
         """What must run before the pass, at its largest."""
         verdict = self.verdicts.get("metadata")
-        return 0 if verdict is None or verdict.outputs else metadata.ram(self.resolved.checkpoint.aux)
+        reading = 0 if verdict is None or verdict.outputs else metadata.ram(self.resolved.checkpoint.aux)
+        compiled = self.cache.has_hint(warm.stamp(kernels_of(self.resolved, todo)))
+        return max(reading, 0 if compiled else warm.RAM)
+
+    def learn(self, sources: Mapping[tuple[str, int], Digest]) -> None:
+        """Digests that a pass took, by file and offset: they hold for what it made, whatever the files are now."""
+        self.learned = dict(sources)
 
     def kvs(self, target: FileTarget) -> list[KV] | None:
         """The key-value pairs of a file, if they are known without running anything."""
@@ -277,7 +287,7 @@ def make(config: schema.Config, *, fetch: bool) -> Plan:
     todo = [Wanted(t, at) for t, at in zip(resolved.targets, layouts, strict=True) if verdicts[t.action].state != "hit"]
     strategy, ram, read = Strategy(CHUNKS[0], budget.threads), 0, 0
     if todo:
-        strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before())
+        strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before([w.target for w in todo]))
         read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}, set()).tensors)
     targets = tuple(
         judge.target_plan(t, at.size, exact, out)

@@ -101,6 +101,7 @@ class Tally:
     read_bytes: int = 0
     written_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    sources: dict[tuple[str, int], Digest] = field(default_factory=dict)  # (file, offset) -> what was read there
     encoded: dict[str, tuple[int, float]] = field(default_factory=dict)  # type -> (weights, seconds of one thread)
 
     def encode(self, type_: str, weights: int, seconds: float) -> None:
@@ -310,6 +311,7 @@ class Pass:
 
     def _record(self, piece: Piece, digest: Digest) -> None:
         if piece.data is None:
+            self.tally.sources[str(self.task.files[piece.file].path), piece.offset] = digest
             self.store.put_source_digest(self.identities[piece.file], piece.offset, digest)
 
     def _read(self, reader: Reader, piece: Piece, start: int, into: memoryview) -> None:
