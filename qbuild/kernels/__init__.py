@@ -35,6 +35,7 @@ MODULES = {
     "Q5_K": "affine",
     "Q3_K": "symmetric",
     "Q6_K": "symmetric",
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "grid"),
 }
 NEEDS_IMATRIX = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})  # ggml asserts one, whatever the tensor
 _UNPACKED = ("legacy", "affine", "symmetric")  # modules whose types unpack.py reads
