@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from qbuild.ggml import QTYPES
 from qbuild.kernels.grids import RUN, tables
@@ -44,6 +48,7 @@ from qbuild.kernels.superblock import (
 )
 
 _U8, _I32, _F32, _BOOL = np.uint8, np.int32, np.float32, np.bool_
+_I32T = ir.IntType(32)
 XXS, XS, S = 0, 1, 2  # layouts
 
 
@@ -83,6 +88,8 @@ class Group(NamedTuple):
     signs: np.ndarray  # int32, the same for signs, 8 to an element
     scale: np.ndarray  # scales of a step, by lane
     levels: np.ndarray  # int32, what fit_positive leaves
+    off: np.ndarray  # int32: where codes are off the grid
+    ladder: np.ndarray  # what the low bits of a number 0..15 stand for as a level, and bits 2 and 3
 
 
 @inline
@@ -91,10 +98,95 @@ def _group():
         scratch(32, WIDTH, _F32), scratch(32, WIDTH, _F32), scratch(32, WIDTH, _F32), scratch(32, WIDTH, _F32),
         scratch(32, WIDTH, _F32), scratch(8, WIDTH, _I32), scratch(8, WIDTH, _I32), scratch(4, SUBS, _I32),
         scratch(2, SUBS, _I32), scratch(1, WIDTH, _F32), scratch(32, WIDTH, _I32),
+        scratch(8, WIDTH, _I32), scratch(2, RUN, _F32),
     )  # fmt: skip
 
 
 OFF = 1 << 16
+
+
+# ---- 16 candidates at a time
+
+
+@intrinsic
+def lookup(tyctx, table, index):
+    """table[index & 15] for each of 16 lanes."""
+
+    def codegen(context, builder, sig, args):
+        features = context.codegen().magic_tuple()[2]
+        if "+avx512f" in features:
+            return _call(builder, "llvm.x86.avx512.permvar.sf.512", table.llvm, table.llvm, index.llvm, args)
+        if "+avx2" in features:
+            return _lookup_halves(builder, *args)
+        out = ir.Constant(table.llvm, ir.Undefined)
+        for k in range(16):
+            at = builder.and_(builder.extract_element(args[1], _I32T(k)), _I32T(15))
+            out = builder.insert_element(out, builder.extract_element(args[0], at), _I32T(k))
+        return out
+
+    return table(table, index), codegen
+
+
+def _call(builder, name, result, *rest):
+    *given, args = rest
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, given), name)
+    return builder.call(function, args)
+
+
+def _lookup_halves(builder, table, index):
+    """AVX2 looks 8 lanes up in 8: both halves of the table, and bit 3 chooses."""
+    values, numbers = ir.VectorType(ir.FloatType(), 8), ir.VectorType(_I32T, 8)
+
+    def half(v, h):
+        return builder.shuffle_vector(v, v, ir.Constant(numbers, list(range(8 * h, 8 * h + 8))))
+
+    out = []
+    for h in range(2):
+        at = half(index, h)
+        low, high = (
+            _call(builder, "llvm.x86.avx2.permps", values, values, numbers, (half(table, t), at)) for t in range(2)
+        )
+        upper = builder.icmp_unsigned("!=", builder.and_(at, ir.Constant(numbers, [8] * 8)), ir.Constant(numbers, None))
+        out.append(builder.select(upper, high, low))
+    return builder.shuffle_vector(*out, ir.Constant(ir.VectorType(_I32T, 16), list(range(16))))
+
+
+def _least_bits(builder, value):
+    """The least of 16 floats >= 0 as a splat of bits: they order as unsigned integers do."""
+    words = ir.VectorType(_I32T, 16)
+    v = builder.bitcast(value, words)
+    for step in (8, 4, 2, 1):
+        other = builder.shuffle_vector(v, v, ir.Constant(words, [k ^ step for k in range(16)]))
+        v = builder.select(builder.icmp_unsigned("<", other, v), other, v)
+    return v
+
+
+@intrinsic
+def first_least(tyctx, value):
+    """The first lane of 16 with the least value; values are >= 0."""
+
+    def codegen(context, builder, sig, args):
+        words = ir.VectorType(_I32T, 16)
+        equal = builder.icmp_unsigned("==", builder.bitcast(args[0], words), _least_bits(builder, args[0]))
+        word = builder.zext(builder.bitcast(equal, ir.IntType(16)), ir.IntType(64))
+        return builder.cttz(word, ir.IntType(1)(1))
+
+    return types.int64(value), codegen
+
+
+@intrinsic
+def first_least_of(tyctx, value, run):
+    """16 * run + lane, the least of those with the least value."""
+
+    def codegen(context, builder, sig, args):
+        words = ir.VectorType(_I32T, 16)
+        equal = builder.icmp_unsigned("==", builder.bitcast(args[0], words), _least_bits(builder, args[0]))
+        at = builder.add(builder.shl(args[1], ir.Constant(words, [4] * 16)), ir.Constant(words, list(range(16))))
+        at = builder.select(equal, at, ir.Constant(words, [0x7FFFFFFF] * 16))
+        least = _least_bits(builder, at)
+        return builder.zext(builder.extract_element(least, _I32T(0)), ir.IntType(64))
+
+    return types.int64(value, run), codegen
 
 
 def quantize(name: str, source: np.ndarray, kind: int, out: np.ndarray, cols: int, imatrix: np.ndarray | None) -> None:
@@ -115,6 +207,7 @@ def _quantize2(
     source, kind, out, blocks, cols, imatrix, n, layout, tiny, sigma, factor, redo, tries, coarse, place, runs, lists
 ):
     k, g = work(), _group()
+    _set_ladder(3, g)
     for first in range(0, blocks, GROUP):
         _load(source, kind, first, blocks, n, sigma, k)
         for tile in range(GROUP * 256 // n // WIDTH):
@@ -134,6 +227,7 @@ def _quantize3(
     source, kind, out, blocks, cols, imatrix, n, layout, tiny, sigma, factor, redo, tries, coarse, place, runs, lists
 ):
     k, g = work(), _group()
+    _set_ladder(7, g)
     for first in range(0, blocks, GROUP):
         _load(source, kind, first, blocks, n, sigma, k)
         for tile in range(GROUP * 256 // n // WIDTH):
@@ -146,6 +240,13 @@ def _quantize3(
                 _pack_iq3_xxs(out, (first + block) * 98, block, place, k, g)
             else:
                 _pack_iq3_s(out, (first + block) * 110, block, place, k, g)
+
+
+@inline
+def _set_ladder(mask, g):
+    for j in range(RUN):
+        g.ladder[j] = _F32(2 * (j & mask) + 1)
+        g.ladder[RUN + j] = _F32(2 * (j >> 2) + 1)
 
 
 @inline
@@ -296,30 +397,45 @@ def _refit(scale, n, per, width, top, redo, always, place, runs, lists, k, g):
 def _move(scale, n, per, width, place, runs, lists, g):
     """Replace codes off the grid by their best neighbours, and mark them."""
     store(g.scale, 0, scale)
-    for c in range(n // per):
-        for j in range(WIDTH):
-            code = g.codes[c * WIDTH + j]
-            at = place[code]
-            if at < 0:
-                row = j * n + c * per
-                g.codes[c * WIDTH + j] = OFF | _neighbour(
-                    lists, ~at * RUN, runs[code] * RUN, per, width, g.scale[j], row, g
-                )
+    count = 0
+    for at in range(n // per * WIDTH):  # without a branch: which codes are off the grid cannot be predicted
+        g.off[count] = at
+        count += place[g.codes[at]] < 0
+    for o in range(count):
+        at = g.off[o]
+        lane, code = at % WIDTH, g.codes[at]
+        begin = RUN * np.int64(~place[code])
+        row = lane * n + at // WIDTH * per
+        g.codes[at] = OFF | lists[begin + _neighbour(lists, begin, runs[code], per, width, g.scale[lane], row, g)]
 
 
 @inline
-def _neighbour(lists, begin, count, per, width, scale, row, g):
-    found, least = _I32(lists[begin]), _F32(np.inf)
-    for p in range(begin, begin + count):
-        code = _I32(lists[p])
-        error = _F32(0)
-        for i in range(per):
-            q = _F32(2 * ((code >> (width * i)) & ((1 << width) - 1)) + 1)
-            d = scale * q - g.v_rows[row + i]
-            error += g.root_rows[row + i] * d * d
-        if error < least:
-            least, found = error, code
-    return found
+def _neighbour(lists, begin, runs, per, width, scale, row, g):
+    """Which candidate has the least sum of (root * d) * d, d = scale * q - v: the first of equals."""
+    index = to(load(lists, begin, RUN), _I32)
+    least = _errors(index, per, width, scale, row, g)
+    if runs == 1:
+        return first_least(least)
+    where = zeros(index, _I32)
+    for r in range(1, runs):
+        index = to(load(lists, begin + r * RUN, RUN), _I32)
+        errors = _errors(index, per, width, scale, row, g)
+        less = errors < least
+        least, where = select(less, errors, least), select(less, r, where)
+    return first_least_of(least, where)
+
+
+@inline
+def _errors(index, per, width, scale, row, g):
+    """Errors of 16 codes. Those of a weight are looked up, by 4 bits of the codes that hold its level."""
+    low = scale * load(g.ladder, 0, RUN)
+    high = scale * load(g.ladder, RUN, RUN)
+    total = splat(0.0, RUN)
+    for i in range(per):
+        d = (high if width == 2 and i % 2 else low) - g.v_rows[row + i]
+        part = lookup(g.root_rows[row + i] * d * d, index >> (i // 2 * 4 if width == 2 else 3 * i))
+        total = part if i == 0 else total + part
+    return total
 
 
 @inline
