@@ -12,7 +12,7 @@ from typing import Any
 
 import qbuild
 from qbuild import machine, plan, schema, worker
-from qbuild.actions import file, metadata, stream, warm
+from qbuild.actions import file, hashing, metadata, stream, warm
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError
@@ -100,6 +100,8 @@ class _Build:
         todo = [t for t in self.resolved.targets if t.name not in self.results]
         if todo:
             self._metadata()
+            todo = self._hash(todo)
+        if todo:
             self._warm(todo)
             self._pass(todo)
 
@@ -139,14 +141,47 @@ class _Build:
                 self.cache.put(key, result)
         self.judge.verdicts["metadata"] = plan.Verdict("run", "made", key, result.outputs)
 
+    def _hash(self, todo: list[FileTarget]) -> list[FileTarget]:
+        """Hash what changed while results for it exist; what then turns out to be stored is served, the rest returned.
+
+        In a cold build nothing is unknown: there hashing rides on the read that quantizing needs.
+        """
+        actions = [self.resolved.graph.actions[a] for t in todo for a in t.tensors]
+        unknown = [a for a in actions if self.judge.verdicts[a.id].state == "unknown"]
+        sources = {i for a in unknown for _, i in a.inputs if isinstance(i, Source) and self.judge.digest(i) is None}
+        if not sources:
+            return todo
+        numbers = {str(f.path): n for n, f in enumerate(self.resolved.checkpoint.files)}
+        ordered = sorted(sources, key=lambda s: (numbers[s.file], s.offset))
+        ranges = tuple(hashing.Range(s.name, numbers[s.file], s.offset, s.nbytes) for s in ordered)
+        task = hashing.Task(self.resolved.checkpoint.files, ranges)
+        self._start(f"{self.resolved.name}: hashing what changed", len(ranges), sum(r.nbytes for r in ranges))
+        try:
+            done = self._job("source.hash", "hashing", task, hashing.RAM)
+        finally:
+            self.sink.finish()
+        self.totals["read_bytes"] += sum(r.nbytes for r in ranges)
+        self.judge.learn(done.value)
+        metadata_verdict = self.judge.verdicts.get("metadata")
+        self.judge.all()
+        if metadata_verdict is not None:
+            self.judge.verdicts["metadata"] = metadata_verdict
+        for target in list(todo):
+            verdict = self.judge.verdicts[target.action]
+            if verdict.state == "hit" and self.store.check_blob(verdict.outputs[0]):
+                self._link(self.plan.out / target.file_name, verdict.outputs[0], target.name)
+                counts = {"hit": len(target.tensors)}
+                self.results[target.name] = self._result(target.name, verdict.outputs[0], counts, done.seconds)
+                todo = [t for t in todo if t is not target]
+        return todo
+
     def _warm(self, todo: list[FileTarget]) -> None:
         """Compile what has not been compiled on this machine, in a process of its own."""
         task = kernels_of(self.resolved, todo)
-        stamp = warm.stamp(task)
-        if not self.cache.has_hint(stamp):
+        if not warm.is_done(task):
             self.sink.message("info", f"compiling kernels for {', '.join(task.types)} (once per machine)")
             self._job("kernels.warm", "compiling kernels", task, warm.RAM)
-            self.cache.note_hint(stamp)
+            warm.note(task)
 
     def _pass(self, todo: list[FileTarget]) -> None:
         wanted = []
@@ -156,10 +191,10 @@ class _Build:
         actions = [self.resolved.graph.actions[a] for t in todo for a in t.tensors]
         sources = {i for a in actions for _, i in a.inputs if isinstance(i, Source)}
         known = {s: d for s in sources if (d := self.judge.digest(s)) is not None}
-        hinted = {a.id for a in actions if self.judge.verdicts[a.id].state != "run"}
-        task = pass_task(self.resolved, wanted, self.plan.strategy, known, hinted)
+        task = pass_task(self.resolved, wanted, self.plan.strategy, known)
         label = "gguf pass " + ", ".join(f"'{t.name}'" for t in todo)
-        self._start(task)
+        title = f"{self.resolved.name} → {', '.join(t.name for t in todo)}"
+        self._start(title, len(task.tensors), sum(t.nbytes for t in task.tensors))
         try:
             done = self._job("gguf.pass", label, task, predict_ram(task))
         finally:
@@ -168,7 +203,8 @@ class _Build:
         self._finish(files, tally, done)
 
     def _finish(self, files: list[stream.FileResult], tally: stream.Tally, done: worker.Done) -> None:
-        for name in ("computed", "reused", "read_bytes", "written_bytes", "seconds"):
+        self.totals["read_bytes"] += tally.read_bytes
+        for name in ("computed", "reused", "written_bytes", "seconds"):
             self.totals[name] = getattr(tally, name)
         for type_, (weights, seconds) in tally.encoded.items():
             if weights > MEASURABLE:
@@ -177,7 +213,7 @@ class _Build:
             if nbytes > MOVABLE:
                 self.cache.note_rate(name, nbytes / max(tally.seconds[name], 1e-6))
         judge = Judge(self.resolved, self.store, rebuild=False)
-        judge.learn(tally.sources)
+        judge.learn(self.judge.learned | tally.sources)
         judge.all()
         self.judge = judge
         for made in files:
@@ -207,12 +243,11 @@ class _Build:
 
     # progress and report ----------------------------------------------------------------------------------------------
 
-    def _start(self, task: stream.PassTask) -> None:
+    def _start(self, title: str, tensors: int, nbytes: int) -> None:
         self.began = time.monotonic()
-        self.todo_tensors, self.todo_bytes = len(task.tensors), sum(t.nbytes for t in task.tensors)
+        self.todo_tensors, self.todo_bytes = tensors, nbytes
         self.weights = sum(spec.weights for spec in self.resolved.specs.values())
-        title = f"{self.resolved.name} → {', '.join(o.target for o in task.outputs)}"
-        self.sink.start(title, self.todo_tensors, self.todo_bytes, self.plan.budget.ram)
+        self.sink.start(title, tensors, nbytes, self.plan.budget.ram)
 
     def _event(self, event: dict[str, Any]) -> None:
         if event["event"] == "message":
@@ -253,7 +288,7 @@ class _Build:
             "versions": {"qbuild": qbuild.__version__} | dict(plan.versions()),
         }
         path = self.plan.out / "build.json"
-        if self.totals["computed"] or self.totals["reused"] or not path.exists():
+        if self.jobs or not path.exists():
             write_json(path, document)
         return document
 
@@ -269,6 +304,8 @@ class _Build:
 
 def _bound(seconds: dict[str, float], made: Plan) -> str:
     """What holds the build back: where the pipeline waits."""
+    if "encode" not in seconds:  # only hashing
+        return "disk" if seconds["read"] > seconds["hash"] else "CPU"
     if made.strategy.threads < made.budget.threads:
         return "memory"
     if seconds["wait_slot"] > seconds["read"]:

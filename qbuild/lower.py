@@ -59,11 +59,11 @@ class Wanted:
 
 
 def pass_task(
-    resolved: Resolved, wanted: list[Wanted], strategy: Strategy, known: Mapping[Source, Digest], hinted: set[str]
+    resolved: Resolved, wanted: list[Wanted], strategy: Strategy, known: Mapping[Source, Digest]
 ) -> stream.PassTask:
     """The pass that makes ``wanted``: each tensor is read once, in file order, for every place that wants it.
 
-    ``known``: digests of source bytes that need no read. ``hinted``: actions whose results may be stored already.
+    ``known``: digests of source bytes that need no read to be known.
     """
     places: dict[str, list[tuple[int, int]]] = {}
     tensors: dict[str, set[str]] = {}  # tensor name -> its actions, one per type
@@ -72,7 +72,7 @@ def pass_task(
         for (spec, _), action, offset in choices:
             places.setdefault(action, []).append((index, offset))
             tensors.setdefault(spec.name, set()).add(action)
-    tasks = tuple(_tensor_task(resolved, name, sorted(a), places, known, hinted) for name, a in tensors.items())
+    tasks = tuple(_tensor_task(resolved, name, sorted(a), places, known) for name, a in tensors.items())
     outputs = tuple(stream.OutputTask(w.target.name, w.header, w.layout.offsets[0], w.layout.size) for w in wanted)
     rebuild = resolved.config.rebuild
     return stream.PassTask(resolved.checkpoint.files, tasks, outputs, strategy.chunk_bytes, strategy.threads, rebuild)
@@ -84,7 +84,6 @@ def _tensor_task(
     actions: list[str],
     places: dict[str, list[tuple[int, int]]],
     known: Mapping[Source, Digest],
-    hinted: set[str],
 ) -> stream.TensorTask:
     graph, spec = resolved.graph, resolved.specs[name]
     numbers = {str(f.path): index for index, f in enumerate(resolved.checkpoint.files)}
@@ -95,7 +94,7 @@ def _tensor_task(
         elif index == 0 and spec.data is not None:
             pieces.append(stream.Piece(name, -1, 0, len(spec.data), None, spec.data))
     wants = tuple(_want(resolved, graph.actions[a], places[a]) for a in actions)
-    return stream.TensorTask(name, tuple(pieces), spec.transform.unit, wants, not hinted.isdisjoint(actions))
+    return stream.TensorTask(name, tuple(pieces), spec.transform.unit, wants)
 
 
 def _want(resolved: Resolved, action: Action, places: list[tuple[int, int]]) -> stream.Want:
@@ -130,7 +129,7 @@ def choose_strategy(resolved: Resolved, wanted: list[Wanted], budget: Budget, be
     ``before``: what the jobs before the pass need, each alone.
     """
     least, parent = 0, predict_parent(wanted)
-    base = pass_task(resolved, wanted, Strategy(CHUNKS[0], budget.threads), {}, set())
+    base = pass_task(resolved, wanted, Strategy(CHUNKS[0], budget.threads), {})
     share = sum(t.nbytes for t in base.tensors) // CHUNKS_PER_PASS
     for threads in range(budget.threads, 0, -1):
         for chunk in [c for c in CHUNKS if c <= max(share, CHUNKS[-1])]:

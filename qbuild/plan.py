@@ -209,7 +209,7 @@ class Judge:
         """What must run before the pass, at its largest."""
         verdict = self.verdicts.get("metadata")
         reading = 0 if verdict is None or verdict.outputs else metadata.ram(self.resolved.checkpoint.aux)
-        compiled = self.cache.has_hint(warm.stamp(kernels_of(self.resolved, todo)))
+        compiled = warm.is_done(kernels_of(self.resolved, todo))
         return max(reading, 0 if compiled else warm.RAM)
 
     def learn(self, sources: Mapping[tuple[str, int], Digest]) -> None:
@@ -288,7 +288,7 @@ def make(config: schema.Config, *, fetch: bool) -> Plan:
     strategy, ram, read = Strategy(CHUNKS[0], budget.threads), 0, 0
     if todo:
         strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before([w.target for w in todo]))
-        read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}, set()).tensors)
+        read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}).tensors)
     targets = tuple(
         judge.target_plan(t, at.size, exact, out)
         for t, at, (_, exact) in zip(resolved.targets, layouts, kv_bytes, strict=True)

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from qbuild import errors, machine
+from qbuild.actions import hashing, stream, warm
 from qbuild.actions import metadata as metadata_action
-from qbuild.actions import stream, warm
 from qbuild.budget import format_size
 from qbuild.errors import ActionFailed, Interrupted, QbuildError
 from qbuild.store import Store
@@ -155,6 +155,10 @@ def _run_metadata(job: Job, _emit: Emit) -> bytes:
     return metadata_action.run(job.task)
 
 
+def _run_hash(job: Job, emit: Emit) -> Any:
+    return hashing.run(job.task, Store(job.store), emit)
+
+
 def _run_warm(job: Job, _emit: Emit) -> None:
     warm.run(job.task)
 
@@ -163,6 +167,7 @@ KINDS: dict[str, Callable[[Job, Emit], Any]] = {
     "gguf.metadata": _run_metadata,
     "gguf.pass": _run_pass,
     "kernels.warm": _run_warm,
+    "source.hash": _run_hash,
 }
 
 

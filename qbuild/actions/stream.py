@@ -59,13 +59,12 @@ class Want:
 
 @dataclass(frozen=True)
 class TensorTask:
-    """Everything to be made of one output tensor. ``hinted``: results for such a tensor exist, so hash before work."""
+    """Everything to be made of one output tensor."""
 
     name: str
     pieces: tuple[Piece, ...]
     unit_rows: int
     wants: tuple[Want, ...]
-    hinted: bool
 
     @property
     def nbytes(self) -> int:
@@ -268,8 +267,6 @@ class Pass:
 
     def _one(self, task: TensorTask, reader: Reader, pool: ThreadPoolExecutor) -> None:
         digests = [p.digest if p.data is None else digest_bytes(p.data) for p in task.pieces]
-        if task.hinted and None in digests:
-            digests = [d or self._hash_piece(p, reader) for p, d in zip(task.pieces, digests, strict=True)]
         locks = ExitStack()
         try:
             for want in task.wants:
@@ -290,20 +287,6 @@ class Pass:
         except BaseException:
             locks.close()
             raise
-
-    def _hash_piece(self, piece: Piece, reader: Reader) -> Digest:
-        hasher, slot = Hasher(), self.free.get()
-        try:
-            view = slot.view
-            for start in range(0, piece.nbytes, len(view)):
-                part = view[: min(len(view), piece.nbytes - start)]
-                self._read(reader, piece, start, part)
-                hasher.update(part)
-        finally:
-            self.free.put(slot)
-        digest = hasher.digest()
-        self._record(piece, digest)
-        return digest
 
     def _recorded(self, piece: Piece) -> Digest | None:
         found = self.store.source_digest(self.identities[piece.file], piece.offset)
