@@ -1,4 +1,3 @@
-# ruff: noqa: ARG001, ARG005 -- numba dictates the parameters of typers and code generators
 """Explicit SIMD values inside numba: strict IEEE float32, generic over the lane count.
 
 A ``Vec(elem, n)`` is an LLVM ``<n x elem>`` that lives in registers: float32, int32, uint32, uint16, uint8, or boolean
