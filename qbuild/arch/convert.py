@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from qbuild.arch.families import FAMILIES, Family
+from qbuild.arch.families import FAMILIES, Family, Row
 from qbuild.checkpoint import Checkpoint, SourceTensor
 from qbuild.errors import ConfigError, InputError
 from qbuild.gguffile import decode_kv
@@ -30,13 +31,25 @@ class Piece:
 
 @dataclass(frozen=True)
 class Transform:
-    """``none``, or ``permute``: the rows of each head interleaved halves → pairs (undoes what HF did to q and k)."""
+    """What happens to rows on their way: ``none``, or
+
+    ``permute``: the rows of each head go from halves to pairs, which undoes what HF did to q and k;
+    ``qkv``: a bias whose heads hold q, k and v in turn becomes all q, all k, all v;
+    ``add_one``: in the arithmetic of the source's type, except that bfloat16 is widened first.
+    """
 
     kind: str = "none"
-    unit: int = 1  # rows of one head
+    unit: int = 1  # rows that belong together: those of one head
 
     def apply(self, chunk: np.ndarray) -> np.ndarray:
-        """Transform whole units of rows; ``chunk`` is [rows, cols]."""
+        """Transform whole units of rows; ``chunk`` is [rows, cols], bfloat16 as uint16."""
+        if self.kind == "add_one":
+            if chunk.dtype == np.uint16:
+                chunk = (chunk.astype(np.uint32) << 16).view(np.float32)
+            more: np.ndarray = chunk + chunk.dtype.type(1)
+            return more
+        if self.kind == "qkv":
+            return np.ascontiguousarray(chunk.reshape(-1, 3, self.unit).swapaxes(0, 1)).reshape(chunk.shape)
         if self.kind != "permute":
             return chunk
         if chunk.shape[0] == 1:  # a bias: its elements are its rows
@@ -83,82 +96,282 @@ def family(config: Mapping[str, Any], place: str) -> Family:
     raise InputError(place, f"architecture {wanted} is not supported", remedy)
 
 
-def hparam(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    value = config.get(name)
-    return default if value is None else value
+def settings(config: Mapping[str, Any], rules: Family) -> dict[str, Any]:
+    """A config.json with its text part at the root and the defaults it leaves out; null counts as left out."""
+    merged = {**config, **config.get("text_config", {})}
+    return {**rules.defaults, **{k: v for k, v in merged.items() if v is not None}}
 
 
-def heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(query heads, key-value heads, head dimension)."""
-    n_head = config["num_attention_heads"]
-    n_kv = hparam(config, "num_key_value_heads", n_head)
-    return n_head, n_kv, hparam(config, "head_dim", config["hidden_size"] // n_head)
+def find(config: Mapping[str, Any], *names: str) -> Any:
+    """The value of the first key that is there."""
+    return next((config[name] for name in names if name in config), None)
+
+
+class _Shapes:
+    """Letters of the families' rows as numbers, and which rows a layer has."""
+
+    def __init__(self, config: Mapping[str, Any], rules: Family, place: str) -> None:
+        self.config, self.rules, self.fused = config, rules, False
+        for name in rules.refused:
+            if config.get(name):
+                remedy = "llama.cpp does not convert such models either"
+                raise InputError(place, f"config.json sets {name}: {config[name]}", remedy)
+        try:
+            self.layers: int = config["num_hidden_layers"]
+            self.size = self._sizes(config)
+        except KeyError as error:
+            raise InputError(place, f"config.json has no {error.args[0]}", "fetch config.json again") from None
+
+    @staticmethod
+    def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
+        n, hidden, ff = config["num_attention_heads"], config["hidden_size"], config["intermediate_size"]
+        g, d = config.get("num_key_value_heads", n), config.get("head_dim", hidden // n)
+        size = {"h": hidden, "f": ff, "v": config["vocab_size"], "n": n, "g": g, "d": d, "q": n * d, "k": g * d, "1": 1}
+        size["e"] = find(config, "num_local_experts", "num_experts") or 0
+        size |= {"m": config.get("moe_intermediate_size", ff), "s": config.get("shared_expert_intermediate_size", ff)}
+        return size | {"b": size["q"] + 2 * size["k"], "F": 2 * ff}
+
+    def of(self, row: Row) -> tuple[int, ...]:
+        """The shape of a row's tensor in the GGUF file."""
+        return tuple(self.size[letter] for letter in row.shape)
+
+    def source(self, row: Row) -> tuple[int, ...]:
+        """The shape of the tensor (of each, where several are stacked) in the checkpoint."""
+        shape = list(self.of(row))
+        if len(shape) > 1:
+            shape[-2] *= row.part[1]
+        return tuple(shape[1:] if "*" in row.hf else shape)
+
+    def expects(self, row: Row) -> bool:
+        """Whether a checkpoint of this configuration must have the row."""
+        config, when = self.config, row.when
+        if when == "fused" or "*" in row.hf:
+            return self.fused == (when == "fused")
+        if when.startswith("!"):
+            return not config.get(when[1:])
+        return not when or (when != "?" and bool(config.get(when)))
+
+    def count(self, row: Row) -> int:
+        return self.size["e"] if "*" in row.hf else 1
+
+    def names(self, row: Row, layer: int) -> Iterator[str]:
+        """The checkpoint's names of a row; ``layer`` is -1 outside the layers."""
+        prefix = "" if layer < 0 else f"{self.rules.prefix}{layer}."
+        return (prefix + row.hf.replace("*", str(i)) for i in range(self.count(row)))
+
+
+def expected_tensors(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    """HF names and shapes that a configuration implies, in the order of a checkpoint's files."""
+    rules = family(config, "model.config")
+    return _expected(_Shapes(settings(config, rules), rules, "model.config"))
+
+
+def _expected(shapes: _Shapes) -> list[tuple[str, tuple[int, ...]]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for layer, rows in ((-1, shapes.rules.outer), *((i, shapes.rules.layer) for i in range(shapes.layers))):
+        for row in rows:
+            if shapes.expects(row):
+                found |= dict.fromkeys(shapes.names(row, layer), shapes.source(row))
+    return sorted(found.items())
+
+
+NUMBER = re.compile(r"\.(0|[1-9]\d*)\.")  # of an expert
+
+# What llama.cpp's converter leaves out of every text model: buffers, and the parts that see and hear.
+BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+OTHER_STARTS = (
+    "mlp", "vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler.", "sound_encoder.", "sound_projection.",
+    "speech_embeddings.",
+)  # fmt: skip
+OTHER_PARTS = (
+    "visual.", "vision.", "audio.", "talker.", "vision_", "audio_", "token2wav.", "code2wav.", "projector.",
+    "pre_mm_projector_norm", "image_newline", "view_seperator", "patch_embed", "patch_merger.", "patch_merge_mlp.",
+    "model.connector.",
+)  # fmt: skip
+
+
+def _text_name(name: str, rules: Family) -> str | None:
+    """A tensor's name as a text model has it, or None for what does not belong to the text model."""
+    if name.endswith(BUFFERS) or name.startswith(OTHER_STARTS) or any(part in name for part in OTHER_PARTS):
+        return None
+    name = name.replace("language_model.", "")
+    return None if name in rules.dropped else name
 
 
 def tensor_specs(checkpoint: Checkpoint, outtype: str = "auto") -> list[TensorSpec]:
     """Every tensor of the converter's file, in its order."""
     if checkpoint.kind == "gguf":
-        return [
-            TensorSpec(t.name, t.shape, (Piece(t.name),), Transform(), t.dtype) for t in checkpoint.tensors.values()
-        ]
-    rules, config = family(checkpoint.config, checkpoint.source), checkpoint.config
-    matrix = _matrix_type(checkpoint, outtype)
-    specs = [*_rope_factors(config)]
-    for source in checkpoint.tensors.values():
-        if source.name.endswith((".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")):
-            continue
-        name = _gguf_name(rules, source, checkpoint.source)
-        stored = (
-            "F32" if len(source.shape) < 2 or name.endswith("_norm.weight") or not name.endswith("weight") else matrix
-        )
-        specs.append(
-            TensorSpec(name, source.shape, (Piece(source.name),), _transform(rules, source.name, config), stored)
-        )
-    _check_complete(checkpoint)
-    return specs
+        return [_verbatim(t) for t in checkpoint.tensors.values()]
+    return _Converter(checkpoint, outtype).specs()
 
 
-def _gguf_name(rules: Family, source: SourceTensor, place: str) -> str:
-    if source.name in rules.outer:
-        return rules.outer[source.name]
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", source.name)
-    if match and match[2] in rules.layer:
-        return f"blk.{match[1]}.{rules.layer[match[2]]}"
-    raise InputError(
-        place, f"tensor {source.name} does not belong to {rules.arch}", "check config.json's architectures"
-    )
+def _verbatim(tensor: SourceTensor) -> TensorSpec:
+    return TensorSpec(tensor.name, _trimmed(tensor.shape), (Piece(tensor.name),), Transform(), tensor.dtype)
 
 
-def _transform(rules: Family, name: str, config: Mapping[str, Any]) -> Transform:
-    if not any(f".{part}." in name for part in rules.permuted):
-        return Transform()
-    _, _, head_dim = heads(config)
-    return Transform("permute", head_dim)
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """ggml does not count outer dimensions of one."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
-def _matrix_type(checkpoint: Checkpoint, outtype: str) -> str:
-    """The converter's --outtype: auto is the type of the first matrix if that is bf16 or f16, else f16."""
+class _Converter:
+    """One walk over a checkpoint's tensors, which gathers those that are stacked."""
+
+    def __init__(self, checkpoint: Checkpoint, outtype: str) -> None:
+        self.checkpoint, self.place = checkpoint, checkpoint.source
+        self.rules = family(checkpoint.config, self.place)
+        self.config = settings(checkpoint.config, self.rules)
+        self.shapes = _Shapes(self.config, self.rules, self.place)
+        self.tensors = {
+            name: tensor for tensor in checkpoint.tensors.values() if (name := _text_name(tensor.name, self.rules))
+        }
+        self.shapes.fused = any(name.endswith("mlp.experts.down_proj") for name in self.tensors)
+        self.matrix = _matrix_type(self.tensors.values(), outtype)
+        self.waiting: dict[str, int] = {}  # a layer's stacks -> how many of their tensors were seen
+
+    def specs(self) -> list[TensorSpec]:
+        _check_complete(self.tensors, self.shapes, self.place)
+        found = [*_rope_tensors(self.rules, self.config, self.place)]
+        layer_rows, outer_rows = _by_name(self.rules.layer), _by_name(self.rules.outer)
+        layered = re.compile(re.escape(self.rules.prefix) + r"(0|[1-9]\d*)\.(.+)")
+        for name in self.tensors:
+            match = layered.fullmatch(name)
+            layer, rest = (int(match[1]), match[2]) if match else (-1, name)
+            number = NUMBER.search(rest) if match else None
+            rows = (layer_rows if match else outer_rows).get(NUMBER.sub(".*.", rest), [])
+            if not rows or layer >= self.shapes.layers or (number and int(number[1]) >= self.shapes.count(rows[0])):
+                fact = f"tensor {name} does not belong to {self.rules.arch}"
+                raise InputError(self.place, fact, "check config.json's architectures")
+            found += self._stacked(rows[0], layer) if number else [self._spec(row, layer) for row in rows]
+        return found
+
+    def _stacked(self, row: Row, layer: int) -> list[TensorSpec]:
+        """A layer's stacks once its last tensor came: all of those whose names begin alike, in their rows' order."""
+        start = row.hf.partition("*")[0]
+        rows = [r for r in self.rules.layer if r.hf.startswith(start) and "*" in r.hf]
+        key = f"{layer} {start}"
+        self.waiting[key] = self.waiting.get(key, 0) + 1
+        complete = self.waiting[key] == sum(self.shapes.count(r) for r in rows)
+        return [self._spec(r, layer) for r in rows] if complete else []
+
+    def _spec(self, row: Row, layer: int) -> TensorSpec:
+        sources = [self.tensors[name] for name in self.shapes.names(row, layer)]
+        if len({source.dtype for source in sources}) > 1:
+            fact = f"tensors {sources[0].name} and its likes are stored in different types"
+            raise InputError(self.place, fact, "save the checkpoint again in one dtype")
+        name = row.gguf if layer < 0 else f"blk.{layer}.{row.gguf}"
+        shape = self._shape(row, sources)
+        single = len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight")
+        stored = "F32" if single or row.gguf in ALWAYS_F32 else self.matrix
+        pieces = tuple(piece for source in sources for piece in self._pieces(row, source))
+        return TensorSpec(name, _trimmed(shape), pieces, self._transform(row), stored)
+
+    def _shape(self, row: Row, sources: Sequence[SourceTensor]) -> tuple[int, ...]:
+        """What the tensors make, so that what is not checked against the configuration is still what is there."""
+        shape = list(sources[0].shape)
+        if row.part[1] > 1:
+            shape[-2] //= row.part[1]
+        if row.gguf == "token_embd.weight" and self.rules.real_rows:
+            shape[0] = min(shape[0], self._vocabulary())
+        return (len(sources), *shape) if "*" in row.hf else tuple(shape)
+
+    def _vocabulary(self) -> int:
+        """Tokens of the tokenizer, as the converter counts them for Gemma 3."""
+        path = self.checkpoint.aux.get("tokenizer.json")
+        if path is None or "tokenizer.model" in self.checkpoint.aux:
+            return int(self.config["vocab_size"])
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return len(found["model"]["vocab"]) + len(found["added_tokens"])
+
+    def _pieces(self, row: Row, source: SourceTensor) -> Iterator[Piece]:
+        rows = prod(source.shape[:-1])
+        which, of = row.part
+        if of > 1:  # rows which/of of every matrix
+            each = source.shape[-2]
+            for start in range(0, rows, each):
+                yield Piece(source.name, start + which * each // of, start + (which + 1) * each // of)
+        elif (
+            row.change == "qkv" and len(source.shape) > 1
+        ):  # each head's q, k and v rows: all q, then all k, then all v
+            head = self.shapes.size["d"]
+            for part in range(3):
+                yield from (Piece(source.name, at, at + head) for at in range(part * head, rows, 3 * head))
+        elif row.gguf == "token_embd.weight" and self.rules.real_rows:
+            yield Piece(source.name, 0, min(rows, self._vocabulary()))
+        else:
+            yield Piece(source.name)
+
+    def _transform(self, row: Row) -> Transform:
+        if row.change in ("permute_q", "permute_k"):
+            return Transform("permute", self.shapes.size["d"])
+        if row.change == "qkv" and len(row.shape) == 1:
+            return Transform("qkv", self.shapes.size["d"])
+        return Transform(row.change) if row.change == "add_one" else Transform()
+
+
+ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+
+
+def _by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.hf, []).append(row)
+    return found
+
+
+def _matrix_type(tensors: Iterable[SourceTensor], outtype: str) -> str:
+    """The converter's --outtype: auto is the type of the first matrix that is bf16 or f16; f16 if there is none."""
     if outtype not in OUTTYPES:
         raise ConfigError("model.outtype", f"{outtype!r} is not a type", "one of: " + ", ".join(OUTTYPES))
     if outtype != "auto":
         return outtype
-    first = next((t.dtype for t in checkpoint.tensors.values() if len(t.shape) >= 2), "F16")
-    return first if first in ("BF16", "F16") else "F16"
+    matrices = (t.dtype for t in tensors if len(t.shape) >= 2)
+    return next((dtype for dtype in matrices if dtype in ("BF16", "F16")), "F16")
 
 
-def _rope_factors(config: Mapping[str, Any]) -> list[TensorSpec]:
-    """Llama 3's frequency factors, in float32 as PyTorch computes them (rope_freqs.weight)."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if (rope.get("rope_type") or rope.get("type")) != "llama3":
-        return []
-    _, _, dim = heads(config)
-    base = rope.get("rope_theta") or hparam(config, "rope_theta", 10000.0)
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope settings, in one place or spread over the config; those of full attention where layers differ."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = dict(rope.get("full_attention", rope))
+    rope.setdefault("rope_type", rope.get("type", ""))
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if rope.get(name) is None and config.get(name) is not None:
+            rope[name] = config[name]
+    old = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    rope["original_max_position_embeddings"] = old or config.get("max_position_embeddings")
+    return rope
+
+
+def _rope_tensors(rules: Family, config: Mapping[str, Any], place: str) -> list[TensorSpec]:
+    rope = _rope(config)
+    if rules.rope == "llama3" and rope["rope_type"] == "llama3":
+        return [_generated("rope_freqs.weight", _llama3_factors(config, rope))]
+    if rules.rope == "longrope" and rope.get("long_factor"):
+        factors = {n: np.array(rope[f"{n}_factor"], np.float32) for n in ("long", "short")}
+        rotated = int(rope.get("partial_rotary_factor", 1.0) * config["hidden_size"]) // config["num_attention_heads"]
+        if {len(f) for f in factors.values()} != {rotated // 2}:
+            lengths = " and ".join(str(len(f)) for f in factors.values())
+            fact = f"rope_scaling has {lengths} factors, the heads need {rotated // 2}"
+            raise InputError(place, fact, "fetch config.json again")
+        return [_generated(f"rope_factors_{n}.weight", f) for n, f in factors.items()]
+    return []
+
+
+def _generated(name: str, values: np.ndarray) -> TensorSpec:
+    return TensorSpec(name, values.shape, (), Transform(), "F32", values.tobytes())
+
+
+def _llama3_factors(config: Mapping[str, Any], rope: Mapping[str, Any]) -> np.ndarray:
+    """Llama 3's frequency factors, in float32 as PyTorch computes them."""
+    dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     # PyTorch's float32 power is the rounded exact one here; NumPy's is not, in one value of five.
     exponents = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
     f32 = np.float32
-    freqs = f32(1) / np.power(np.float64(base), exponents).astype(np.float32)
+    freqs = f32(1) / np.power(np.float64(rope.get("rope_theta", 10000.0)), exponents).astype(np.float32)
     factor, low, high = rope.get("factor", 8.0), rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
-    old = rope.get("original_max_position_embeddings", 8192)
+    old = rope["original_max_position_embeddings"] or 8192
     factors = []
     for freq in freqs:
         wavelen = f32(1) / freq * f32(2 * np.pi)  # PyTorch divides a number by a tensor that way: two roundings
@@ -169,64 +382,47 @@ def _rope_factors(config: Mapping[str, Any]) -> list[TensorSpec]:
         else:
             smooth = (f32(1) / wavelen * f32(old) - f32(low)) / f32(high - low)
             factors.append(f32(1) / ((f32(1) - smooth) / f32(factor) + smooth))
-    data = np.array(factors, np.float32).tobytes()
-    return [TensorSpec("rope_freqs.weight", (len(factors),), (), Transform(), "F32", data)]
+    return np.array(factors, np.float32)
 
 
-def expected_tensors(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
-    """HF names and shapes that a configuration implies, in the order of a checkpoint's files."""
-    family(config, "model.config")
-    hidden, ff, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    n_head, n_kv, dim = heads(config)
-    found: list[tuple[str, tuple[int, ...]]] = [
-        ("model.embed_tokens.weight", (vocab, hidden)),
-        ("model.norm.weight", (hidden,)),
-    ]
-    if not config.get("tie_word_embeddings"):
-        found.append(("lm_head.weight", (vocab, hidden)))
-    for i in range(config["num_hidden_layers"]):
-        at = f"model.layers.{i}."
-        found += [(at + "input_layernorm.weight", (hidden,)), (at + "post_attention_layernorm.weight", (hidden,))]
-        found += [(at + f"mlp.{n}_proj.weight", (ff, hidden)) for n in ("gate", "up")]
-        found.append((at + "mlp.down_proj.weight", (hidden, ff)))
-        rows = {"q": n_head * dim, "k": n_kv * dim, "v": n_kv * dim}
-        found += [(at + f"self_attn.{n}_proj.weight", (r, hidden)) for n, r in rows.items()]
-        found.append((at + "self_attn.o_proj.weight", (hidden, n_head * dim)))
-        if config.get("attention_bias"):
-            found += [(at + f"self_attn.{n}_proj.bias", (r,)) for n, r in rows.items()]
-            found.append((at + "self_attn.o_proj.bias", (hidden,)))
-    return sorted(found)
-
-
-def _check_complete(checkpoint: Checkpoint) -> None:
-    for name, shape in expected_tensors(checkpoint.config):
-        found = checkpoint.tensors.get(name)
+def _check_complete(tensors: Mapping[str, SourceTensor], shapes: _Shapes, place: str) -> None:
+    for name, shape in _expected(shapes):
+        found = tensors.get(name)
         if found is None:
-            raise InputError(
-                checkpoint.source, f"tensor {name} is missing", "the checkpoint is incomplete: fetch it again"
-            )
+            raise InputError(place, f"tensor {name} is missing", "the checkpoint is incomplete: fetch it again")
         if found.shape != shape:
             fact = f"tensor {name} has shape {list(found.shape)}, the config says {list(shape)}"
-            raise InputError(checkpoint.source, fact, "config.json and weights do not belong together")
+            raise InputError(place, fact, "config.json and weights do not belong together")
+
+
+# Models that llama.cpp takes for a 70B, by their layers.
+LAYERS_OF_70B = {"llama": 80, "deci": 80, "olmo": 80, "qwen2": 80, "jais2": 68}
 
 
 def model_facts(checkpoint: Checkpoint) -> ModelFacts:
-    parameters = sum(prod(t.shape) for t in checkpoint.tensors.values())
     if checkpoint.kind == "gguf":
-        kvs = {kv.key: kv for kv in checkpoint.kvs}
-        arch = decode_kv(kvs["general.architecture"])
-
-        def read(name: str, default: int) -> int:
-            kv = kvs.get(f"{arch}.{name}")
-            value = default if kv is None else decode_kv(kv)
-            return value[0] if isinstance(value, list) else value
-
-        n_head = read("attention.head_count", 1)
-        n_kv = read("attention.head_count_kv", n_head)
-        n_layer, n_expert = read("block_count", 0), read("expert_count", 0)
+        arch, n_layer, n_head, n_kv, n_expert = _gguf_facts(checkpoint)
     else:
-        arch = family(checkpoint.config, checkpoint.source).arch
-        n_head, n_kv, _ = heads(checkpoint.config)
-        n_layer, n_expert = checkpoint.config["num_hidden_layers"], 0
-    is_70b = arch == "llama" and n_layer == 80 and n_head != n_kv
+        rules = family(checkpoint.config, checkpoint.source)
+        shapes = _Shapes(settings(checkpoint.config, rules), rules, checkpoint.source)
+        arch, n_layer, n_expert = rules.arch, shapes.layers, shapes.size["e"]
+        n_head, n_kv = shapes.size["n"], shapes.size["g"]
+    is_70b = LAYERS_OF_70B.get(arch) == n_layer and (arch != "llama" or n_head != n_kv)
+    parameters = sum(prod(t.shape) for t in checkpoint.tensors.values())
     return ModelFacts(arch, n_layer, n_head, n_kv, n_expert, is_70b, parameters)
+
+
+def _gguf_facts(checkpoint: Checkpoint) -> tuple[str, int, int, int, int]:
+    kvs = {kv.key: kv for kv in checkpoint.kvs}
+    if "general.architecture" not in kvs:
+        raise InputError(checkpoint.source, "has no general.architecture", "it is not a model: choose another file")
+    arch = decode_kv(kvs["general.architecture"])
+
+    def read(name: str, default: int) -> int:
+        kv = kvs.get(f"{arch}.{name}")
+        value = default if kv is None else decode_kv(kv)
+        return int(value[0] if isinstance(value, list) else value)
+
+    n_head = read("attention.head_count", 1)
+    n_kv = read("attention.head_count_kv", n_head)
+    return arch, read("block_count", 0), n_head, n_kv, read("expert_count", 0)

@@ -1,36 +1,232 @@
-"""Model families, as rows of data: how HF names, shapes and configs become GGUF ones."""
+"""Model families as rows of data: how the names, shapes and layouts of Hugging Face checkpoints become GGUF ones.
+
+A row is one tensor of the GGUF file. Its shape is written in letters, one for each dimension:
+
+    h hidden   f feed-forward   v vocabulary   q, k rows of the query and of the key or value projection   d head
+    e experts   m feed-forward of an expert   s of the shared expert   b query, key and value rows in one
+    F two times f
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-LAYER_NORMS = {"input_layernorm.weight": "attn_norm.weight", "post_attention_layernorm.weight": "ffn_norm.weight"}
-ATTENTION = {
-    f"self_attn.{hf}_proj.{part}": f"{gguf}.{part}"
-    for hf, gguf in (("q", "attn_q"), ("k", "attn_k"), ("v", "attn_v"), ("o", "attn_output"))
-    for part in ("weight", "bias")
-}
-MLP = {f"mlp.{hf}_proj.{part}": f"ffn_{hf}.{part}" for hf in ("gate", "up", "down") for part in ("weight", "bias")}
-OUTER = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
+__all__ = ["FAMILIES", "Family", "Row"]
+
+
+class Row(NamedTuple):
+    """``hf`` is below the layer's prefix; a ``*`` in it is an expert's number: all experts are stacked.
+
+    ``when``: empty, always there; a config key, there when it is true; ``!key``, when it is false; ``?``, welcome but
+    never missed; ``moe``, with experts in tensors of their own; ``fused``, with all of a layer's in one.
+    ``change``: what happens to the values or rows, see ``convert.Transform``; ``part``: (which, of how many) rows.
+    """
+
+    hf: str
+    gguf: str
+    shape: str
+    when: str = ""
+    change: str = ""
+    part: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
 class Family:
-    """``layer`` maps names below ``model.layers.N.``; ``permuted`` are those whose rows HF keeps in halves."""
+    """``defaults`` are the config class's own, where configs in the wild leave a key out that planning needs."""
 
     arch: str
-    layer: dict[str, str]
-    outer: dict[str, str]
-    permuted: tuple[str, ...] = ()
+    layer: tuple[Row, ...]
+    outer: tuple[Row, ...]
+    prefix: str = "model.layers."
+    dropped: tuple[str, ...] = ()
+    rope: str = ""  # which generated tensors of rope factors it may have: llama3, longrope
+    refused: tuple[str, ...] = ()  # config keys that must not be set: llama.cpp does not convert such models either
+    real_rows: bool = False  # the embedding loses its rows beyond the tokenizer's vocabulary
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-LLAMA = Family("llama", LAYER_NORMS | ATTENTION | MLP, OUTER, ("q_proj", "k_proj"))
+def _plus_one(*rows: Row) -> tuple[Row, ...]:
+    """Gemma's norms multiply by 1 + weight; llama.cpp's by the weight."""
+    return tuple(r._replace(change="add_one") if r.gguf.endswith("norm.weight") else r for r in rows)
+
+
+def _attention(bias: str, out_bias: str, permuted: bool = False) -> tuple[Row, ...]:
+    """Separate projections; ``permuted``: HF keeps the rows of a head in halves, llama.cpp in pairs."""
+    shapes = (("q", "attn_q", "qh", "permute_q"), ("k", "attn_k", "kh", "permute_k"), ("v", "attn_v", "kh", ""))
+    rows = []
+    for hf, gguf, shape, change in shapes:
+        done = change if permuted else ""
+        rows.append(Row(f"self_attn.{hf}_proj.weight", f"{gguf}.weight", shape, "", done))
+        rows.append(Row(f"self_attn.{hf}_proj.bias", f"{gguf}.bias", shape[0], bias, done))
+    out = Row("self_attn.o_proj.weight", "attn_output.weight", "hq")
+    return *rows, out, Row("self_attn.o_proj.bias", "attn_output.bias", "h", out_bias)
+
+
+def _mlp(bias: str = "?", when: str = "", gguf: str = "", hf: str = "mlp", width: str = "f") -> tuple[Row, ...]:
+    """Gate, up and down; ``gguf`` is what their names end in (_shexp)."""
+    shapes = {"gate": f"{width}h", "up": f"{width}h", "down": f"h{width}"}
+    weights = [Row(f"{hf}.{n}_proj.weight", f"ffn_{n}{gguf}.weight", s, when) for n, s in shapes.items()]
+    biases = [Row(f"{hf}.{n}_proj.bias", f"ffn_{n}{gguf}.bias", s[0], bias) for n, s in shapes.items()]
+    return *weights, *biases
+
+
+def _no_bias(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    return tuple(r for r in rows if not r.gguf.endswith(".bias"))
+
+
+def _norms(names: Mapping[str, str], bias: str | None = None) -> tuple[Row, ...]:
+    rows = [Row(f"{hf}.weight", f"{gguf}.weight", "h") for hf, gguf in names.items()]
+    if bias is not None:
+        rows += [Row(f"{hf}.bias", f"{gguf}.bias", "h", bias) for hf, gguf in names.items()]
+    return tuple(rows)
+
+
+EMBEDDING = Row("model.embed_tokens.weight", "token_embd.weight", "vh")
+HEAD = Row("lm_head.weight", "output.weight", "vh", "!tie_word_embeddings")
+NORM = Row("model.norm.weight", "output_norm.weight", "h")
+OUTER = (EMBEDDING, NORM, HEAD)
+LLAMA_NORMS = _norms({"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"})
+FOUR_NORMS = _norms(
+    {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    }
+)
+OLMO_NORMS = _norms({"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"})
+LAYER_NORMS = _norms({"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}, "")
+HEAD_NORMS = (
+    Row("self_attn.q_norm.weight", "attn_q_norm.weight", "d"),
+    Row("self_attn.k_norm.weight", "attn_k_norm.weight", "d"),
+)
+WIDE_NORMS = (
+    Row("self_attn.q_norm.weight", "attn_q_norm.weight", "q"),
+    Row("self_attn.k_norm.weight", "attn_k_norm.weight", "k"),
+)
+MIXTRAL_EXPERTS = (  # stacks are written in the order of their rows
+    Row("block_sparse_moe.gate.weight", "ffn_gate_inp.weight", "eh"),
+    Row("block_sparse_moe.experts.*.w1.weight", "ffn_gate_exps.weight", "efh"),
+    Row("block_sparse_moe.experts.*.w2.weight", "ffn_down_exps.weight", "ehf"),
+    Row("block_sparse_moe.experts.*.w3.weight", "ffn_up_exps.weight", "efh"),
+)
+QWEN_EXPERTS = (
+    Row("mlp.gate.weight", "ffn_gate_inp.weight", "eh"),
+    Row("mlp.experts.*.down_proj.weight", "ffn_down_exps.weight", "ehm"),
+    Row("mlp.experts.*.gate_proj.weight", "ffn_gate_exps.weight", "emh"),
+    Row("mlp.experts.*.up_proj.weight", "ffn_up_exps.weight", "emh"),
+    # Or all experts in one tensor, as newer transformers may save them.
+    Row("mlp.experts.down_proj", "ffn_down_exps.weight", "ehm", "fused"),
+    Row("mlp.experts.gate_up_proj", "ffn_gate_exps.weight", "emh", "fused", "", (0, 2)),
+    Row("mlp.experts.gate_up_proj", "ffn_up_exps.weight", "emh", "fused", "", (1, 2)),
+)
+SHARED_EXPERT = (
+    *_mlp("?", "", "_shexp", "mlp.shared_expert", "s"),
+    Row("mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight", "1h"),
+)
+NEOX = (
+    *LAYER_NORMS,
+    Row("attention.query_key_value.weight", "attn_qkv.weight", "bh", "", "qkv"),
+    Row("attention.query_key_value.bias", "attn_qkv.bias", "b", "attention_bias", "qkv"),
+    Row("attention.dense.weight", "attn_output.weight", "hq"),
+    Row("attention.dense.bias", "attn_output.bias", "h", "attention_bias"),
+    Row("mlp.dense_h_to_4h.weight", "ffn_up.weight", "fh"),
+    Row("mlp.dense_h_to_4h.bias", "ffn_up.bias", "f"),
+    Row("mlp.dense_4h_to_h.weight", "ffn_down.weight", "hf"),
+    Row("mlp.dense_4h_to_h.bias", "ffn_down.bias", "h"),
+)
+NEOX_OUTER = (
+    Row("gpt_neox.embed_in.weight", "token_embd.weight", "vh"),
+    Row("gpt_neox.final_layer_norm.weight", "output_norm.weight", "h"),
+    Row("gpt_neox.final_layer_norm.bias", "output_norm.bias", "h"),
+    Row("embed_out.weight", "output.weight", "vh", "!tie_word_embeddings"),
+)
+PHI3_LAYER = (
+    *LLAMA_NORMS,
+    Row("self_attn.qkv_proj.weight", "attn_qkv.weight", "bh"),
+    Row("self_attn.o_proj.weight", "attn_output.weight", "hq"),
+    Row("mlp.gate_up_proj.weight", "ffn_up.weight", "Fh"),
+    Row("mlp.down_proj.weight", "ffn_down.weight", "hf"),
+)
+STARCODER_MLP = (
+    Row("mlp.c_fc.weight", "ffn_up.weight", "fh"),
+    Row("mlp.c_fc.bias", "ffn_up.bias", "f", "use_bias"),
+    Row("mlp.c_proj.weight", "ffn_down.weight", "hf"),
+    Row("mlp.c_proj.bias", "ffn_down.bias", "h", "use_bias"),
+)
+STABLE_NORMS = (
+    *_norms({"input_layernorm": "attn_norm"}, ""),
+    Row("post_attention_layernorm.weight", "ffn_norm.weight", "h", "!use_parallel_residual"),
+    Row("post_attention_layernorm.bias", "ffn_norm.bias", "h", "!use_parallel_residual"),
+)
+NORM_BIAS = Row("model.norm.bias", "output_norm.bias", "h")
+
+LLAMA_LAYER = (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias", True), *_mlp("mlp_bias"))
+GEMMA_OUTER = _plus_one(EMBEDDING, NORM)
+GEMMA = {"tie_word_embeddings": True, "head_dim": 256}
+GEMMA3_TEXT = {**GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208}
+NOT_USED = ("lm_head.weight",)  # autoawq saves Gemma's tied head
+
+LLAMA = Family("llama", LLAMA_LAYER, OUTER, rope="llama3")
+QWEN2_LAYER = (*LLAMA_NORMS, *_attention("", "?"), *_mlp())
+QWEN3_LAYER = (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias"), *HEAD_NORMS)
+QWEN2MOE_LAYER = (*LLAMA_NORMS, *_attention("qkv_bias", "?"), *QWEN_EXPERTS, *SHARED_EXPERT)
+GEMMA3 = Family(
+    "gemma3",
+    _plus_one(*FOUR_NORMS, *HEAD_NORMS, *_attention("attention_bias", "attention_bias"), *_mlp()),
+    (*GEMMA_OUTER, HEAD),
+    real_rows=True,
+    defaults=GEMMA3_TEXT,
+)
+OLMO2 = Family("olmo2", (*OLMO_NORMS, *_attention("attention_bias", "attention_bias"), *WIDE_NORMS, *_mlp()), OUTER)
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
+    "MixtralForCausalLM": Family("llama", (*LLAMA_NORMS, *_attention("?", "?", True), *MIXTRAL_EXPERTS), OUTER),
+    "SmolLM3ForCausalLM": Family("smollm3", LLAMA_LAYER, OUTER, rope="llama3", defaults={"tie_word_embeddings": True}),
+    "GraniteForCausalLM": Family("granite", LLAMA_LAYER, OUTER, rope="llama3"),
+    "Qwen2ForCausalLM": Family("qwen2", QWEN2_LAYER, OUTER),
+    "Qwen3ForCausalLM": Family("qwen3", (*QWEN3_LAYER, *_mlp()), OUTER),
+    "Qwen2MoeForCausalLM": Family(
+        "qwen2moe", QWEN2MOE_LAYER, OUTER, refused=("mlp_only_layers",), defaults={"qkv_bias": True}
+    ),
+    "Qwen3MoeForCausalLM": Family("qwen3moe", (*QWEN3_LAYER, *QWEN_EXPERTS), OUTER, refused=("mlp_only_layers",)),
+    "GemmaForCausalLM": Family(
+        "gemma",
+        _plus_one(*LLAMA_NORMS, *_attention("attention_bias", "attention_bias"), *_mlp()),
+        GEMMA_OUTER,
+        dropped=NOT_USED,
+        defaults=GEMMA,
+    ),
+    "Gemma2ForCausalLM": Family(
+        "gemma2",
+        _plus_one(*FOUR_NORMS, *_attention("attention_bias", "attention_bias"), *_mlp()),
+        GEMMA_OUTER,
+        dropped=NOT_USED,
+        defaults=GEMMA,
+    ),
+    "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": GEMMA3,
+    "Phi3ForCausalLM": Family("phi3", PHI3_LAYER, OUTER, rope="longrope"),
+    "OlmoForCausalLM": Family("olmo", (*_no_bias(_attention("?", "?", True)), *_mlp()), (EMBEDDING, HEAD)),
+    "Olmo2ForCausalLM": OLMO2,
+    "Olmo3ForCausalLM": OLMO2,
+    "StableLmForCausalLM": Family(
+        "stablelm",
+        (*STABLE_NORMS, *_attention("use_qkv_bias", "?"), *_mlp()),
+        (*OUTER, NORM_BIAS),
+        refused=("qk_layernorm",),
+    ),
+    "GPTNeoXForCausalLM": Family(
+        "gptneox", NEOX, NEOX_OUTER, prefix="gpt_neox.layers.", defaults={"attention_bias": True}
+    ),
+    "Starcoder2ForCausalLM": Family(
+        "starcoder2",
+        (*LAYER_NORMS, *_attention("use_bias", "use_bias"), *STARCODER_MLP),
+        (*OUTER, NORM_BIAS),
+        defaults={"tie_word_embeddings": True, "use_bias": True},
+    ),
 }

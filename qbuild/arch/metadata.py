@@ -1,7 +1,8 @@
 """The key-value pairs of llama.cpp's converter, in its order, and what llama-quantize makes of them.
 
 Runs in a worker: transformers supplies config defaults (the converter reads them through AutoConfig, so they are part
-of the file) and byte-level BPE tokenizers.
+of the file) and byte-level BPE tokenizers. Pairs are gathered as {what gguf's writer calls them: value}; giving one
+twice keeps its first place. The type of the file is left out: llama-quantize replaces it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qbuild.arch import convert, vocab
+from qbuild.arch import convert, hyperparameters, vocab
 from qbuild.checkpoint import Checkpoint
+from qbuild.errors import InputError
 from qbuild.gguffile import KV, GGUFType, encode_kv
+
+__all__ = ["metadata", "quantized_kvs"]
+
+# Keys that the converter knows and the gguf package does not.
+NEWER = {
+    "normalizer_lowercase": "tokenizer.ggml.normalizer.lowercase",
+    "normalizer_strip_accents": "tokenizer.ggml.normalizer.strip_accents",
+}
 
 
 def metadata(checkpoint: Checkpoint, name: str | None) -> list[KV]:
@@ -22,15 +32,27 @@ def metadata(checkpoint: Checkpoint, name: str | None) -> list[KV]:
     folder = checkpoint.root
     if folder is None:
         raise ValueError("BUG: metadata of a checkpoint that is not on disk")
-    rules = convert.family(checkpoint.config, checkpoint.source)
-    writer = gguf.GGUFWriter(None, rules.arch)
+    arch = convert.family(checkpoint.config, checkpoint.source).arch
+    config = load_config(folder)
+    writer = gguf.GGUFWriter(None, arch)
+    try:
+        first, params = hyperparameters.parameters(arch, config, folder)
+    except KeyError as error:
+        fact = f"config.json has no {error.args[0]}"
+        raise InputError(checkpoint.source, fact, "fetch config.json again; llama.cpp's converter stops too") from None
+    _add(writer, first)
     _general(writer, checkpoint, folder, name)
-    config = hparams(folder)
-    _parameters(writer, config)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    _vocabulary(writer, folder, config)
+    _add(writer, params)
+    _add(writer, vocab.tokenizer(arch, folder, config))
     return [_kv(key, item) for key, item in writer.kv_data[0].items()]
+
+
+def _add(writer: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if name in NEWER:
+            writer.add_bool(NEWER[name], value)
+        else:
+            getattr(writer, f"add_{name}")(value)
 
 
 def _kv(key: str, item: Any) -> KV:
@@ -44,13 +66,13 @@ def _kv(key: str, item: Any) -> KV:
     return encode_kv(key, item.value, vtype, GGUFType(int(sub)))
 
 
-def hparams(folder: Path) -> dict[str, Any]:
+def load_config(folder: Path) -> dict[str, Any]:
     """The configuration with transformers' defaults, as the converter sees it."""
     from transformers import AutoConfig
 
     try:
         config: dict[str, Any] = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    except (ValueError, OSError, KeyError):
+    except Exception:  # whatever it is, the converter goes on with the bare file
         config = vocab.read_json(folder / "config.json")
     return {**config, **config.get("text_config", {})}
 
@@ -58,103 +80,27 @@ def hparams(folder: Path) -> dict[str, Any]:
 def _general(writer: Any, checkpoint: Checkpoint, folder: Path, name: str | None) -> None:
     import gguf
 
-    weights = sum(spec.weights for spec in convert.tensor_specs(checkpoint))
-    meta = gguf.Metadata.load(None, folder, name, weights)
+    counts = _parameter_counts(convert.tensor_specs(checkpoint))
+    meta = gguf.Metadata.load(None, folder, name, counts[0])
+    # The converter's own copy of this class also reads the name that transformers gives this.
     penalty = (vocab.read_json(folder / "generation_config.json") or {}).get("repetition_penalty")
     if penalty is not None and meta.sampling_penalty_repeat is None:
         meta.sampling_penalty_repeat = penalty
     if meta.name is None:
         meta.name = folder.name
     if meta.size_label is None:
-        meta.size_label = gguf.size_label(weights, weights, 0, 0)
+        meta.size_label = gguf.size_label(*counts)
     writer.add_type(gguf.GGUFType.MODEL)
     meta.set_gguf_meta_model(writer)
 
 
-def _parameters(writer: Any, config: dict[str, Any]) -> None:
-    writer.add_block_count(config["num_hidden_layers"])
-    for key, add in (
-        ("max_position_embeddings", writer.add_context_length),
-        ("hidden_size", writer.add_embedding_length),
-        ("intermediate_size", writer.add_feed_forward_length),
-        ("num_attention_heads", writer.add_head_count),
-        ("num_key_value_heads", writer.add_head_count_kv),
-    ):
-        if config.get(key) is not None:
-            add(config[key])
-    _rope(writer, config)
-    if config.get("rms_norm_eps") is not None:
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if config.get("head_dim") is not None:
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
-
-
-def _rope(writer: Any, config: dict[str, Any]) -> None:
-    import gguf
-
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.get("type"))
-    rope.setdefault("rope_theta", config.get("rope_theta"))
-    kind, factor = rope["rope_type"], rope.get("factor")
-    if kind == "linear" and factor is not None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(factor)
-    elif kind == "yarn" and factor is not None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(factor)
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        for key, add in (
-            ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if rope.get(key) is not None:
-                add(rope[key])
-    elif kind in ("su", "longrope"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
-    if rope["rope_theta"] is not None:
-        writer.add_rope_freq_base(rope["rope_theta"])
-
-
-def _vocabulary(writer: Any, folder: Path, config: dict[str, Any]) -> None:
-    prefix = (vocab.read_json(folder / "tokenizer_config.json") or {}).get("add_prefix_space")
-    if prefix is not None:
-        writer.add_add_space_prefix(prefix)
-    size = config.get("vocab_size")
-    merges: list[str] = []
-    if (folder / "tokenizer.model").is_file():
-        texts, scores, types = vocab.sentencepiece(folder, size)
-        limit = len(texts)
-        _tokens(writer, "llama", "default", texts, scores, types)
-    else:
-        texts, types, pre = vocab.bpe(folder, size)
-        limit, merges = None, vocab.merges(folder)
-        _tokens(writer, "gpt2", pre, texts, None, types)
-    if merges:
-        writer.add_token_merges(merges)
-    _special(writer, vocab.Special(folder, limit))
-    if size == 49152:  # the converter's rule for granite's small models catches every vocabulary of that size
-        writer.add_add_bos_token(False)
-
-
-def _tokens(writer: Any, model: str, pre: str, texts: list[str], scores: list[float] | None, types: list[int]) -> None:
-    writer.add_tokenizer_model(model)
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(texts)
-    if scores is not None:
-        writer.add_token_scores(scores)
-    writer.add_token_types(types)
-
-
-def _special(writer: Any, special: vocab.Special) -> None:
-    for name, value in special.ids.items():
-        getattr(writer, f"add_{name}_token_id")(value)
-    for name, flag in special.add.items():
-        getattr(writer, f"add_add_{name}_token", lambda _: None)(flag)
-    if special.template is not None:
-        writer.add_chat_template(special.template)
+def _parameter_counts(specs: Sequence[convert.TensorSpec]) -> tuple[int, int, int, int]:
+    """(all weights, those outside experts, those of one expert, experts)."""
+    experts = [s for s in specs if "_exps." in s.name and len(s.shape) >= 3]
+    total = sum(s.weights for s in specs)
+    counts = [s.shape[-2 if ".bias" in s.name else -3] for s in experts]
+    one = sum(s.weights // count for s, count in zip(experts, counts, strict=True))
+    return total, total - sum(s.weights for s in experts), one, sum(counts) // len(counts) if counts else 0
 
 
 REPLACED = ("general.quantization_version", "general.file_type")

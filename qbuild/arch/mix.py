@@ -31,16 +31,25 @@ class Mix:
     has_imatrix: bool = False
 
 
+# Parts of names whose tensors keep the type they have; names of a whole tensor stand below.
 NEVER = (
-    "_norm.weight",
-    "ffn_gate_inp.weight",
-    "ffn_gate_tid2eid",
-    "altup",
-    "laurel",
-    "per_layer_model_proj",
-    "ssm_conv1d",
-    "shortconv.conv.weight",
-)
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
+    "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "attn_rel_b.weight",
+    *(f"time_mix_{part}.weight" for part in ("first", "decay_w1", "decay_w2", "lerp_fused")),
+    *(f"time_mix_{letter}{n}.weight" for letter in "wva" for n in (0, 1, 2)),
+    "time_mix_g1.weight", "time_mix_g2.weight",
+    ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd", ".patch_merger",
+    "a.rvq.codebook", "mm.a.code_embd",
+)  # fmt: skip
+NEVER_WHOLE = ("position_embd.weight", "token_types.weight")
+NEVER_IN = {
+    "glm5-next": (
+        "hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate",
+        "indexer_compressor_ape", "ssm_f_a.weight", "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight",
+        "ssm_beta.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight",
+    )
+}  # fmt: skip
+AT_LEAST_Q8 = {"glm5-next": ("attn_q_a", "attn_q_b", "nextn.eh_proj")}
 CATEGORIES: tuple[
     tuple[str, Callable[[str], bool]], ...
 ] = (  # first match wins; the last three also hold for experts (ffn_up_exps, ffn_up_shexp)
@@ -96,6 +105,14 @@ def needs_imatrix(choices: Sequence[tuple[TensorSpec, str]], mix: Mix) -> str | 
     return None
 
 
+def _pattern(text: str, place: str) -> re.Pattern[str]:
+    """llama-quantize lower-cases patterns before it compiles them."""
+    try:
+        return re.compile(text.lower())
+    except re.error as error:
+        raise ConfigError(place, f"{text!r} is not a regular expression: {error}", "see tensor_types") from None
+
+
 class _Walk:
     """One pass over the tensors: the counters of each category are its state."""
 
@@ -106,32 +123,26 @@ class _Walk:
         self.n_v = sum(category(n) == "v" for n in names)
         self.tied = "output.weight" not in names
         self.seen: Counter[str] = Counter()
-        self.patterns = [(re.compile(p.lower()), t) for p, t in mix.tensor_types]
+        self.patterns = [(_pattern(p, mix.file_type), t) for p, t in mix.tensor_types]
 
     def type_of(self, spec: TensorSpec) -> str:
-        name, mix = spec.name, self.mix
+        name, mix, quantized = spec.name, self.mix, QTYPES[self.base].quantized
         if not self._allowed(spec):
             return spec.stored
-        wanted = self.base
-        manual = None
         kind = category(name)
-        if QTYPES[self.base].quantized:
-            manual = next((t for pattern, t in self.patterns if pattern.search(name)), None)
+        manual = next((t for pattern, t in self.patterns if pattern.search(name)), None) if quantized else None
         if kind == "token_embd" and mix.embedding_type and not (manual and name.startswith("per_layer")):
-            wanted = mix.embedding_type
-        elif kind == "output" and mix.output_type:
-            wanted = mix.output_type
-        elif manual:
-            wanted = manual
-        elif QTYPES[self.base].quantized and not mix.pure:
-            wanted = self._mixed(spec, kind)
-        elif not QTYPES[self.base].quantized:
-            return wanted
-        return self._fit(spec, wanted)
+            return self._exactly(spec, mix.embedding_type)
+        if kind == "output" and mix.output_type:
+            return self._exactly(spec, mix.output_type)
+        if not quantized:
+            return self.base
+        return self._fit(spec, manual or (self.base if mix.pure else self._mixed(spec, kind)))
 
     def _allowed(self, spec: TensorSpec) -> bool:
         name = spec.name
-        if len(spec.shape) < 2 or not name.endswith("weight") or any(part in name for part in NEVER):
+        never = (*NEVER, *NEVER_IN.get(self.facts.arch, ()))
+        if len(spec.shape) < 2 or not name.endswith("weight") or name in NEVER_WHOLE or any(n in name for n in never):
             return False
         return not (self.mix.leave_output and name == "output.weight")
 
@@ -144,22 +155,34 @@ class _Walk:
         elif QTYPES[wanted].block == 32:
             chosen = "F16"
         else:
-            fact = f"{spec.name}: {wanted} takes rows of a multiple of {QTYPES[wanted].block} weights, it has {cols}"
-            raise ConfigError(self.name, fact, "choose another type: targets.<name>.tensor_types")
+            raise self._misfit(spec, wanted, "tensor_types")
         return chosen
+
+    def _exactly(self, spec: TensorSpec, wanted: str) -> str:
+        """A type asked for by option has no fallback: llama-quantize stops at an assertion there."""
+        if spec.shape[-1] % QTYPES[wanted].block:
+            raise self._misfit(spec, wanted, "output_type" if spec.name == "output.weight" else "embedding_type")
+        return wanted
+
+    def _misfit(self, spec: TensorSpec, wanted: str, option: str) -> ConfigError:
+        rows = f"takes rows of a multiple of {QTYPES[wanted].block} weights, it has {spec.shape[-1]}"
+        return ConfigError(self.name, f"{spec.name}: {wanted} {rows}", f"choose another type: targets.<name>.{option}")
 
     # the mix ---------------------------------------------------------------------------------------------------------
 
     def _mixed(self, spec: TensorSpec, kind: str) -> str:
+        if any(part in spec.name for part in AT_LEAST_Q8.get(self.facts.arch, ())):
+            return "Q8_0"
         if kind == "output" or (kind == "token_embd" and self.tied):
             if kind == "token_embd" and self.mix.output_type:
                 return self.mix.output_type
             return self._head(spec)
         if self.name == "MXFP4_MOE":
-            return "MXFP4" if len(spec.shape) > 2 and spec.shape[0] > 1 else "Q8_0"
+            experts = len(spec.shape) > 2 and (self.facts.arch != "bailingmoe3" or kind in ("up", "gate", "down"))
+            return "MXFP4" if experts else "Q8_0"
         if kind == "token_embd":
             return self._embedding()
-        low = self._low(spec, kind) if self.name in LOW else None
+        low = self._low(kind) if self.name in LOW else None
         rule = RULES.get(kind)
         chosen = low or (rule(self, self._index(spec, kind)) if rule else None) or self.base
         if kind == "v" and self.name not in LOW:
@@ -187,14 +210,14 @@ class _Walk:
             return "IQ3_S"
         return "Q4_K" if self.name in ("TQ1_0", "TQ2_0", "Q2_0") else self.base
 
-    def _low(self, spec: TensorSpec, kind: str) -> str | None:
+    def _low(self, kind: str) -> str | None:
         """The 1 and 2 bit file types have rules of their own."""
         better = "IQ3_S" if self.name in ("IQ2_S", "IQ2_M") else "Q2_K"
         if kind == "v":
             return "Q4_K" if self.gqa >= 4 or self.facts.n_expert >= 4 else better
         if kind == "k" and self.facts.n_expert == 8:
             return "Q4_K"
-        if kind == "down" and self._index(spec, kind) < self.eighth:
+        if kind == "down" and self.seen[kind] < self.eighth:
             return better
         if kind == "o":
             if self.facts.n_expert == 8:

@@ -1,0 +1,297 @@
+"""A configuration as GGUF hyperparameters: the general list, the lists of families that have their own, the extras.
+
+Source: convert_hf_to_gguf.py of llama.cpp (ggml 0.25). Names on the left are gguf's writer methods without ``add_``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qbuild.arch.convert import find
+from qbuild.errors import InputError
+
+__all__ = ["parameters"]
+
+Values = dict[str, Any]
+
+# A key per line; the first name that the configuration has counts, and null is not written.
+COMMON = (
+    ("context_length", "max_position_embeddings", "n_ctx", "n_positions", "max_length", "max_sequence_length",
+     "model_max_length"),
+    ("embedding_length", "hidden_size", "n_embd", "dim"),
+    ("feed_forward_length", "prefix_dense_intermediate_size", "dense_intermediate_size", "intermediate_size", "n_inner",
+     "hidden_dim"),
+    ("head_count", "num_attention_heads", "n_head", "n_heads"),
+    ("head_count_kv", "num_key_value_heads", "n_kv_heads"),
+)  # fmt: skip
+AFTER_ROPE = (
+    ("layer_norm_rms_eps", "rms_norm_eps", "norm_eps"),
+    ("layer_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+    ("expert_count", "num_local_experts", "num_experts", "n_routed_experts"),
+    ("expert_used_count", "num_experts_per_tok", "num_experts_per_token", "top_k_experts"),
+    ("expert_group_count", "n_group"),
+    ("expert_group_used_count", "topk_group"),
+    ("key_length", "head_dim"),
+    ("value_length", "head_dim"),
+)
+# Families that do not use the general list: all of theirs, in order. These keys must be there.
+OWN: dict[str, tuple[tuple[str, str], ...]] = {}
+OWN["gemma"] = (
+    ("context_length", "max_position_embeddings"),
+    ("embedding_length", "hidden_size"),
+    ("block_count", "num_hidden_layers"),
+    ("feed_forward_length", "intermediate_size"),
+    ("head_count", "num_attention_heads"),
+    ("head_count_kv", "num_key_value_heads"),
+    ("layer_norm_rms_eps", "rms_norm_eps"),
+    ("key_length", "head_dim"),
+    ("value_length", "head_dim"),
+)
+OWN["gemma2"] = (
+    *OWN["gemma"],
+    ("attn_logit_softcapping", "attn_logit_softcapping"),
+    ("final_logit_softcapping", "final_logit_softcapping"),
+    ("sliding_window", "sliding_window"),
+)
+OWN["stablelm"] = (
+    ("context_length", "max_position_embeddings"),
+    ("embedding_length", "hidden_size"),
+    ("block_count", "num_hidden_layers"),
+    ("feed_forward_length", "intermediate_size"),
+    ("rope_dimension_count", "rope_dimension_count"),
+    ("head_count", "num_attention_heads"),
+    ("head_count_kv", "num_key_value_heads"),
+    ("parallel_residual", "use_parallel_residual"),
+    ("layer_norm_eps", "layer_norm_eps"),
+)
+OWN["gptneox"] = tuple(pair for pair in OWN["stablelm"] if pair[0] != "head_count_kv")
+OWN["phi3"] = (
+    ("context_length", "max_position_embeddings"),
+    ("rope_scaling_orig_ctx_len", "original_max_position_embeddings"),
+    ("embedding_length", "hidden_size"),
+    ("feed_forward_length", "intermediate_size"),
+    ("block_count", "num_hidden_layers"),
+    ("head_count", "num_attention_heads"),
+    ("head_count_kv", "num_key_value_heads"),
+    ("layer_norm_rms_eps", "rms_norm_eps"),
+    ("rope_dimension_count", "rope_dimension_count"),
+    ("rope_freq_base", "rope_theta"),
+    ("sliding_window", "sliding_window"),
+)
+GRANITE = (
+    ("attention_scale", "attention_multiplier"),
+    ("embedding_scale", "embedding_multiplier"),
+    ("residual_scale", "residual_multiplier"),
+    ("logit_scale", "logits_scaling"),
+)
+
+
+def parameters(arch: str, config: Values, folder: Path) -> tuple[Values, Values]:
+    """(what the converter writes ahead of the general description, the hyperparameters)."""
+    rope = rope_parameters(config)
+    if arch in OWN:
+        derived = DERIVED[arch](config, rope) if arch in DERIVED else {}
+        return _longrope(config, rope) if arch == "phi3" else {}, _own(OWN[arch], {**config, **derived})
+    if arch == "granite":
+        config = {k: v for k, v in config.items() if k != "head_dim"}
+    values = _common(config, rope)
+    if arch in EXTRAS:
+        values |= EXTRAS[arch](config, rope)
+    if arch in ("qwen2", "qwen3"):
+        _refuse_other_uses(arch, config, folder)
+    return {}, values
+
+
+def rope_parameters(config: Values) -> Values:
+    """Rope settings; those at the root of the configuration are mirrored in them, unless layers differ."""
+    rope = dict(config.get("rope_parameters", config.get("rope_scaling")) or {})
+    if "full_attention" in rope or "sliding_attention" in rope:
+        return rope
+    local = find(config, "local_rope_theta", "rope_local_theta", "rope_theta_local", "swa_rope_theta",
+                 "rope_local_base_freq")  # fmt: skip
+    if local is not None:
+        rope["sliding_attention"] = {"rope_theta": local}
+    mirrored = {
+        "rope_theta": find(config, "global_rope_theta", "rope_global_theta", "rope_theta_global", "rope_theta",
+                           "rotary_emb_base"),
+        "rope_type": rope.get("type"),
+        "partial_rotary_factor": find(config, "partial_rotary_factor", "rope_pct", "rope_percent"),
+        "original_max_position_embeddings": config.get("original_max_position_embeddings"),
+    }  # fmt: skip
+    return {**{k: v for k, v in mirrored.items() if v is not None}, **rope}
+
+
+def _listed(keys: Sequence[tuple[str, ...]], config: Values) -> Values:
+    found = {name: find(config, *sources) for name, *sources in keys}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _own(keys: Sequence[tuple[str, str]], config: Values) -> Values:
+    return {name: config[source] for name, source in keys}
+
+
+def _common(config: Values, rope: Values) -> Values:
+    layers = find(config, "n_layers", "num_hidden_layers", "n_layer", "num_layers")
+    values = {"block_count": layers, **_listed(COMMON, config)}
+    if config.get("is_causal") is False:
+        values["causal_attention"] = False
+    full = rope.get("full_attention", rope)
+    values |= _rope_scaling(full)
+    if "mrope_section" in rope:
+        values["rope_dimension_sections"] = [*rope["mrope_section"], 0, 0, 0, 0][:4]
+    if full.get("rope_theta") is not None:
+        values["rope_freq_base"] = full["rope_theta"]
+    sliding = rope.get("sliding_attention", {}).get("rope_theta")
+    if sliding is not None:
+        values["rope_freq_base_swa"] = sliding
+    return values | _listed(AFTER_ROPE, config)
+
+
+def _rope_scaling(rope: Values) -> Values:
+    import gguf
+
+    kind, factor = rope.get("rope_type"), rope.get("factor")
+    if kind == "linear" and factor is not None:
+        return {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": factor}
+    if kind == "yarn" and factor is not None:
+        yarn = (
+            ("rope_scaling_yarn_ext_factor", "extrapolation_factor"),
+            ("rope_scaling_yarn_attn_factor", "attention_factor", "attn_factor"),
+            ("rope_scaling_yarn_beta_fast", "beta_fast"),
+            ("rope_scaling_yarn_beta_slow", "beta_slow"),
+        )
+        return {
+            "rope_scaling_type": gguf.RopeScalingType.YARN,
+            "rope_scaling_factor": factor,
+            "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
+        } | _listed(yarn, rope)
+    return {"rope_scaling_type": gguf.RopeScalingType.LONGROPE} if kind in ("su", "longrope") else {}
+
+
+def _llama(config: Values, _: Values) -> Values:
+    dimension = config.get("head_dim")
+    if dimension is None:
+        dimension = config["hidden_size"] // config["num_attention_heads"]
+    return {"vocab_size": config["vocab_size"], "rope_dimension_count": dimension}
+
+
+def _granite(config: Values, rope: Values) -> Values:
+    return _llama(config, rope) | {name: config[key] for name, key in GRANITE if config.get(key)}
+
+
+def _qwen_moe(config: Values, _: Values) -> Values:
+    keys = (
+        ("expert_feed_forward_length", "moe_intermediate_size"),
+        ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
+    )
+    return _listed(keys, config)
+
+
+def _gemma3(config: Values, rope: Values) -> Values:
+    full = rope.get("full_attention", rope)
+    values = {
+        "context_length": config.get("max_position_embeddings", 131072),
+        "head_count": config.get("num_attention_heads", 8),
+        "layer_norm_rms_eps": config.get("rms_norm_eps", 1e-6),
+        "key_length": config.get("head_dim", 256),
+        "value_length": config.get("head_dim", 256),
+        "rope_freq_base": full.get("rope_theta", 1_000_000.0),
+    }
+    if config.get("final_logit_softcapping"):
+        values["final_logit_softcapping"] = config["final_logit_softcapping"]
+    if config.get("sliding_window_pattern") != 1:
+        values["sliding_window"] = config["sliding_window"]
+    return values | {"head_count_kv": config.get("num_key_value_heads", 4)}
+
+
+def _olmo(config: Values, _: Values) -> Values:
+    clamp = config.get("clip_qkv")
+    return {"layer_norm_eps": 1e-5} | ({} if clamp is None else {"clamp_kqv": clamp})
+
+
+def _olmo2(config: Values, _: Values) -> Values:
+    """OLMo 3 has windows in three layers of four."""
+    if "sliding_window" not in config:
+        return {}
+    every = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])]
+    pattern = [kind == "sliding_attention" for kind in config.get("layer_types", every)]
+    return {"sliding_window": config["sliding_window"], "sliding_window_pattern": pattern}
+
+
+def _stablelm(config: Values, rope: Values) -> Values:
+    rotated = int(rope["partial_rotary_factor"] * (config["hidden_size"] // config["num_attention_heads"]))
+    return {
+        "rope_dimension_count": rotated,
+        "use_parallel_residual": config.get("use_parallel_residual", True),
+        "layer_norm_eps": find(config, "layer_norm_eps", "norm_eps"),
+    }
+
+
+def _gptneox(config: Values, rope: Values) -> Values:
+    """The converter wants rotary_pct, which transformers 5 renames: with it, it stops."""
+    part = config["rotary_pct"] if "rotary_pct" in config else rope["partial_rotary_factor"]
+    rotated = int(part * (config["hidden_size"] // config["num_attention_heads"]))
+    return {"rope_dimension_count": rotated, "use_parallel_residual": config.get("use_parallel_residual", True)}
+
+
+def _gemma(config: Values, _: Values) -> Values:
+    return {"num_key_value_heads": config.get("num_key_value_heads", config["num_attention_heads"])}
+
+
+def _phi3(config: Values, rope: Values) -> Values:
+    rotated = int(rope.get("partial_rotary_factor", 1.0) * config["hidden_size"]) // config["num_attention_heads"]
+    return {
+        "max_position_embeddings": find(config, "n_positions", "max_position_embeddings"),
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "rope_dimension_count": rotated,
+        "rope_theta": rope.get("full_attention", rope)["rope_theta"],
+        "sliding_window": config.get("sliding_window") or 0,  # zero tells Phi-4 from the others
+    }
+
+
+def _longrope(config: Values, rope: Values) -> Values:
+    """Phi's attention factor, which the converter writes while it makes the tensors of rope factors."""
+    if not rope.get("long_factor"):
+        return {}
+    old = rope["original_max_position_embeddings"]
+    scale, kind = find(config, "n_positions", "max_position_embeddings") / old, rope.get("rope_type", "").lower()
+    if kind in ("su", "longrope"):
+        return {"rope_scaling_attn_factors": math.sqrt(1 + math.log(scale) / math.log(old)) if scale > 1.0 else 1.0}
+    if kind == "yarn":
+        return {"rope_scaling_attn_factors": 0.1 * math.log(scale) + 1.0 if scale > 1.0 else 1.0}
+    raise InputError("config.json", f"rope type {kind!r} is not supported with long and short factors",
+                     "llama.cpp's converter stops too")  # fmt: skip
+
+
+Extra = Callable[[Values, Values], Values]
+EXTRAS: dict[str, Extra] = {
+    "llama": _llama,
+    "smollm3": _llama,
+    "granite": _granite,
+    "qwen2moe": _qwen_moe,
+    "qwen3moe": _qwen_moe,
+    "gemma3": _gemma3,
+    "olmo": _olmo,
+    "olmo2": _olmo2,
+}
+DERIVED: dict[str, Extra] = {
+    "gemma": _gemma,
+    "gemma2": _gemma,
+    "stablelm": _stablelm,
+    "gptneox": _gptneox,
+    "phi3": _phi3,
+}
+
+
+def _refuse_other_uses(arch: str, config: Values, folder: Path) -> None:
+    """Embedding models and rerankers of these families get other metadata, and other tensors."""
+    readme = folder / "README.md"
+    hints = [folder.name, config.get("_name_or_path", ""), *(config.get("architectures") or [])]
+    text = readme.read_text(encoding="utf-8").lower() if readme.is_file() else ""
+    reranks = "# qwen3-reranker" in text or any("qwen3-reranker" in str(hint).lower() for hint in hints)
+    if (folder / "modules.json").is_file() or (arch == "qwen3" and reranks):
+        fact = "an embedding or reranking model, which qbuild does not convert yet"
+        raise InputError(str(folder), fact, "convert it with llama.cpp, then model.source=FILE.gguf")

@@ -1,0 +1,209 @@
+"""Small random checkpoints of every family: they are the same wherever they are made.
+
+    python tests/arch/make_families.py LLAMA_CPP OUT.json [NAME ...]     records what llama.cpp makes of each
+
+Tests import ``write`` and compare with the record.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import blake3
+import numpy as np
+
+from qbuild.arch.convert import expected_tensors
+
+DATA = Path(__file__).parent.parent / "data"
+SENTENCEPIECE, BPE = DATA / "tiny-llama", DATA / "arch" / "bpe"
+TYPES = ("Q4_K_M", "F16")
+BASE = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+NARROW = {"hidden_size": 128, "vocab_size": 46592, "intermediate_size": 256}  # the tokens of a byte-level BPE are many
+LONGROPE = {"type": "longrope", "long_factor": [1.0 + i / 7 for i in range(32)], "short_factor": [1.0] * 32}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+GEMMA3 = {"head_dim": 64, "sliding_window": 512, "query_pre_attn_scalar": 64, "tie_word_embeddings": True}
+
+
+# The converter reads some config.json itself when transformers cannot; one family needs that, see hyperparameters.py.
+BARE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, ".")
+import conversion.base
+conversion.base.AutoConfig = None
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def family(architecture: str, model_type: str, **over: Any) -> dict[str, Any]:
+    return {"architectures": [architecture], "model_type": model_type, **over}
+
+
+def bpe(architecture: str, model_type: str, **over: Any) -> dict[str, Any]:
+    return family(architecture, model_type, **NARROW, **over, _tokenizer=BPE)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama-mlp-bias": family("LlamaForCausalLM", "llama", mlp_bias=True, attention_bias=True),
+    "llama-mixed-dtypes": family("LlamaForCausalLM", "llama", _dtypes=("F32", "F16", "BF16")),
+    "llama-old-context": family("LlamaForCausalLM", "llama", rope_scaling=LLAMA3, max_position_embeddings=4096),
+    "llama-hf-vocabulary": family("LlamaForCausalLM", "llama", _without=("tokenizer.model",)),
+    "llama-bpe": bpe("LlamaForCausalLM", "llama", tie_word_embeddings=True),
+    "llama-bpe-49152": family("LlamaForCausalLM", "llama", **NARROW | {"vocab_size": 49152}, _tokenizer=BPE),
+    "codellama": family("LlamaForCausalLM", "llama", vocab_size=32016, hidden_size=64, intermediate_size=128),
+    "mixtral": family("MixtralForCausalLM", "mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "mixtral-8": family("MixtralForCausalLM", "mixtral", num_local_experts=8, intermediate_size=256, head_dim=64),
+    "smollm3": bpe("SmolLM3ForCausalLM", "smollm3", tie_word_embeddings=True),
+    "granite": bpe(
+        "GraniteForCausalLM", "granite", attention_multiplier=0.015625, embedding_multiplier=12.0,
+        residual_multiplier=0.22, logits_scaling=8.0,
+    ),
+    "qwen2": bpe("Qwen2ForCausalLM", "qwen2", use_sliding_window=False, sliding_window=4096, max_window_layers=2),
+    "qwen3": bpe("Qwen3ForCausalLM", "qwen3", head_dim=64, tie_word_embeddings=True),
+    "qwen2moe": bpe("Qwen2MoeForCausalLM", "qwen2_moe", **MOE, shared_expert_intermediate_size=128),
+    "qwen3moe": bpe("Qwen3MoeForCausalLM", "qwen3_moe", **MOE, head_dim=32),
+    "qwen3moe-fused": bpe("Qwen3MoeForCausalLM", "qwen3_moe", **MOE, head_dim=32, _fused=True),
+    "gemma": family("GemmaForCausalLM", "gemma", head_dim=64, tie_word_embeddings=None),
+    "gemma-float16": family("GemmaForCausalLM", "gemma", head_dim=64, tie_word_embeddings=None, _dtypes=("F16",)),
+    "gemma2": family(
+        "Gemma2ForCausalLM", "gemma2", head_dim=64, tie_word_embeddings=None, attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0, sliding_window=1024, query_pre_attn_scalar=64, _extra=("lm_head.weight",),
+    ),
+    "gemma3": family("Gemma3ForCausalLM", "gemma3_text", **GEMMA3, rope_local_base_freq=10000.0),
+    "gemma3-linear-rope": family(
+        "Gemma3ForCausalLM", "gemma3_text", **GEMMA3, rope_scaling={"rope_type": "linear", "factor": 8.0}
+    ),
+    "gemma3-multimodal": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": {**BASE, **GEMMA3, "model_type": "gemma3_text", "num_hidden_layers": 2},
+        "vision_config": {"hidden_size": 64, "model_type": "siglip_vision_model"},
+        "_prefix": "language_model.",
+        "_extra": ("vision_tower.vision_model.embeddings.patch_embedding.weight", "multi_modal_projector.a.weight"),
+    },
+    "phi3": family("Phi3ForCausalLM", "phi3", original_max_position_embeddings=2048, sliding_window=1024),
+    "phi3-longrope": family(
+        "Phi3ForCausalLM", "phi3", original_max_position_embeddings=2048, max_position_embeddings=8192,
+        rope_scaling=LONGROPE,
+    ),
+    "phi4-bpe": bpe("Phi3ForCausalLM", "phi3", original_max_position_embeddings=2048),
+    "olmo": bpe("OlmoForCausalLM", "olmo", clip_qkv=8.0),
+    "olmo2": bpe("Olmo2ForCausalLM", "olmo2"),
+    "olmo3": bpe("Olmo3ForCausalLM", "olmo3", sliding_window=512, num_hidden_layers=4),
+    "stablelm": bpe("StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, partial_rotary_factor=0.25),
+    "stablelm-parallel": bpe(
+        "StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, partial_rotary_factor=0.25, use_parallel_residual=True,
+        use_qkv_bias=True,
+    ),
+    "gpt-neox": bpe(
+        "GPTNeoXForCausalLM", "gpt_neox", num_key_value_heads=None, layer_norm_eps=1e-5, rotary_pct=0.25,
+        use_parallel_residual=True, hidden_act="gelu", _bare=True,
+    ),
+    "starcoder2": bpe("Starcoder2ForCausalLM", "starcoder2", norm_epsilon=1e-5, use_bias=True, sliding_window=1024),
+}  # fmt: skip
+
+
+def configuration(name: str) -> dict[str, Any]:
+    over = VARIANTS[name]
+    base = {} if "text_config" in over else BASE
+    return {k: v for k, v in (base | over).items() if v is not None and not k.startswith("_")}
+
+
+def shapes(name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a variant's tensors, in a file's order."""
+    over, config = VARIANTS[name], configuration(name)
+    found: Iterable[tuple[str, tuple[int, ...]]] = expected_tensors(config)
+    if over.get("_fused"):
+        found = fused(dict(found), config)
+    named = [(over.get("_prefix", "") + tensor, shape) for tensor, shape in found]
+    return sorted([*named, *((extra, (8, 64)) for extra in over.get("_extra", ()))])
+
+
+def fused(tensors: dict[str, tuple[int, ...]], config: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    """All experts of a layer in two tensors."""
+    kept = [(n, s) for n, s in tensors.items() if ".experts." not in n]
+    width, hidden, experts = config["moe_intermediate_size"], config["hidden_size"], config["num_experts"]
+    for i in range(config["num_hidden_layers"]):
+        at = f"model.layers.{i}.mlp.experts."
+        kept += [(at + "down_proj", (experts, hidden, width)), (at + "gate_up_proj", (experts, 2 * width, hidden))]
+    return kept
+
+
+def write(name: str, root: Path) -> Path:
+    """Write a variant below ``root``; its folder's name feeds the converter's metadata heuristics."""
+    over = VARIANTS[name]
+    folder = root / f"Tiny-{name}-Base"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(configuration(name)))
+    for path in over.get("_tokenizer", SENTENCEPIECE).glob("*token*"):
+        if path.name not in over.get("_without", ()):
+            shutil.copy(path, folder)
+    rng = np.random.default_rng(sum(name.encode()))
+    header, blobs, at = {}, [], 0
+    for number, (tensor, shape) in enumerate(shapes(name)):
+        dtypes = over.get("_dtypes", ("BF16",))
+        dtype = dtypes[number % len(dtypes)]
+        blob = encode(rng.standard_normal(shape, np.float32) * np.float32(0.05), dtype)
+        header[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(blob)]}
+        at += len(blob)
+        blobs.append(blob)
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+    return folder
+
+
+def encode(values: np.ndarray, dtype: str) -> bytes:
+    if dtype == "BF16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return values.astype({"F32": np.float32, "F16": np.float16}[dtype]).tobytes()
+
+
+def digest(path: Path) -> str:
+    return f"{blake3.blake3(path.read_bytes()).hexdigest()}/{path.stat().st_size}"
+
+
+def main(llama: Path, out: Path, names: list[str], keep: Path | None = None) -> None:
+    record = json.loads(out.read_text())["files"] if out.is_file() else {}
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for variant in names or VARIANTS:
+            folder, converted = write(variant, root), root / "converted.gguf"
+            bare = ["-c", BARE] if VARIANTS[variant].get("_bare") else []
+            convert = [sys.executable, *bare, "convert_hf_to_gguf.py", str(folder), "--outfile", str(converted)]
+            done = subprocess.run(convert, cwd=llama, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{variant}: the converter stopped: {done.stderr.strip().splitlines()[-1]}")
+                continue
+            record[variant] = {}
+            for type_ in TYPES:
+                made = root / f"{variant}-{type_}.gguf"
+                subprocess.run(
+                    [llama / "build/bin/llama-quantize", converted, made, type_], check=True, capture_output=True
+                )
+                record[variant][type_] = digest(made)
+                if keep is not None:
+                    shutil.move(made, keep / made.name)
+                else:
+                    made.unlink()
+            shutil.rmtree(folder)
+    order = {name: record[name] for name in VARIANTS if name in record}
+    command = "convert_hf_to_gguf.py MODEL; llama-quantize CONVERTED OUT TYPE"
+    document = {"llama.cpp": "llama-cpp-python 0.3.36", "command": command, "files": order}
+    out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,74 @@
+"""Every family's whole files, header and all, against what llama.cpp made of the same small random checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import blake3
+import numpy as np
+import pytest
+
+from qbuild import gguffile
+from qbuild.actions import tensor
+from qbuild.arch import convert, mix
+from qbuild.arch.metadata import metadata, quantized_kvs
+from qbuild.checkpoint import Checkpoint, Reader, open_path
+from qbuild.ggml import FILE_TYPES, QTYPES
+
+HERE = Path(__file__).parent
+RECORDED: dict[str, dict[str, str]] = json.loads((HERE.parent / "data/arch/families.json").read_text())["files"]
+
+
+def _maker() -> Any:
+    spec = importlib.util.spec_from_file_location("make_families", HERE / "make_families.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MAKER = _maker()
+
+
+def gguf_bytes(checkpoint: Checkpoint, file_type: str, kvs: list[gguffile.KV]) -> bytes:
+    """The whole file, made tensor by tensor in this process."""
+    specs = convert.tensor_specs(checkpoint)
+    choices = mix.choose(specs, convert.model_facts(checkpoint), mix.Mix(file_type))
+    pairs = quantized_kvs(kvs, FILE_TYPES[file_type].id)
+    out = bytearray(gguffile.header(pairs, [(s.name, s.shape, t) for s, t in choices]))
+    with Reader(checkpoint.files) as reader:
+        for spec, type_ in choices:
+            out += encoded(checkpoint, reader, spec, type_)
+            out += bytes(-len(out) % 32)
+    return bytes(out)
+
+
+def encoded(checkpoint: Checkpoint, reader: Reader, spec: convert.TensorSpec, type_: str) -> bytes:
+    cols, dtype = spec.shape[-1], "F32"
+    parts = [spec.data] if spec.data is not None else []
+    for piece in spec.pieces:
+        source = checkpoint.tensors[piece.source]
+        dtype, row = source.dtype, QTYPES[source.dtype].row_bytes(cols)
+        stop = source.nbytes // row if piece.stop is None else piece.stop
+        buffer = bytearray((stop - piece.start) * row)
+        reader.read_into(source.file, source.offset + piece.start * row, memoryview(buffer))
+        parts.append(bytes(buffer))
+    raw = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, QTYPES[dtype].row_bytes(cols))
+    out = np.empty((raw.shape[0], QTYPES[type_].row_bytes(cols)), np.uint8)
+    tensor.encode(raw, tensor.Params(type_, spec.stored, dtype, cols, spec.transform), out)
+    return out.tobytes()
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_a_family_gives_llama_cpps_files(variant: str, tmp_path: Path) -> None:
+    folder = MAKER.write(variant, tmp_path)
+    checkpoint = open_path(folder, str(folder))
+    kvs = metadata(checkpoint, None)
+    for file_type, expected in RECORDED[variant].items():
+        made = gguf_bytes(checkpoint, file_type, kvs)
+        assert f"{blake3.blake3(made).hexdigest()}/{len(made)}" == expected, file_type
