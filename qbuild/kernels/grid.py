@@ -48,7 +48,7 @@ from qbuild.kernels.superblock import (
 )
 
 _U8, _I32, _F32, _BOOL = np.uint8, np.int32, np.float32, np.bool_
-_I32T = ir.IntType(32)
+_WORD = ir.IntType(32)
 XXS, XS, S = 0, 1, 2  # layouts
 
 
@@ -89,7 +89,7 @@ class Group(NamedTuple):
     scale: np.ndarray  # scales of a step, by lane
     levels: np.ndarray  # int32, what fit_positive leaves
     off: np.ndarray  # int32: where codes are off the grid
-    ladder: np.ndarray  # what the low bits of a number 0..15 stand for as a level, and bits 2 and 3
+    ladder: np.ndarray  # what the low bits of 0..15 stand for as a level
 
 
 @inline
@@ -98,7 +98,7 @@ def _group():
         scratch(32, WIDTH, _F32), scratch(32, WIDTH, _F32), scratch(32, WIDTH, _F32), scratch(32, WIDTH, _F32),
         scratch(32, WIDTH, _F32), scratch(8, WIDTH, _I32), scratch(8, WIDTH, _I32), scratch(4, SUBS, _I32),
         scratch(2, SUBS, _I32), scratch(1, WIDTH, _F32), scratch(32, WIDTH, _I32),
-        scratch(8, WIDTH, _I32), scratch(2, RUN, _F32),
+        scratch(8, WIDTH, _I32), scratch(1, RUN, _F32),
     )  # fmt: skip
 
 
@@ -108,52 +108,44 @@ OFF = 1 << 16
 # ---- 16 candidates at a time
 
 
-@intrinsic
-def lookup(tyctx, table, index):
-    """table[index & 15] for each of 16 lanes."""
+@intrinsic(prefer_literal=True)
+def lookup(tyctx, table, index, width):
+    """table[index & 15] for each of 16 lanes; the table repeats after 2 ** width entries, width 2 or 3."""
+    few = width.literal_value == 2
 
     def codegen(context, builder, sig, args):
         features = context.codegen().magic_tuple()[2]
         if "+avx512f" in features:
-            return _call(builder, "llvm.x86.avx512.permvar.sf.512", table.llvm, table.llvm, index.llvm, args)
-        if "+avx2" in features:
-            return _lookup_halves(builder, *args)
+            return _call(builder, "llvm.x86.avx512.permvar.sf.512", *args[:2])
+        if "+avx2" in features and not few:
+            return _by_halves(builder, "llvm.x86.avx2.permps", *args[:2])
+        if "+avx" in features and few:
+            return _by_halves(builder, "llvm.x86.avx.vpermilvar.ps.256", *args[:2])
         out = ir.Constant(table.llvm, ir.Undefined)
         for k in range(16):
-            at = builder.and_(builder.extract_element(args[1], _I32T(k)), _I32T(15))
-            out = builder.insert_element(out, builder.extract_element(args[0], at), _I32T(k))
+            at = builder.and_(builder.extract_element(args[1], _WORD(k)), _WORD(15))
+            out = builder.insert_element(out, builder.extract_element(args[0], at), _WORD(k))
         return out
 
-    return table(table, index), codegen
+    return table(table, index, width), codegen
 
 
-def _call(builder, name, result, *rest):
-    *given, args = rest
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, given), name)
-    return builder.call(function, args)
+def _call(builder, name, table, index):
+    shape = ir.FunctionType(table.type, [table.type, index.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, shape, name), [table, index])
 
 
-def _lookup_halves(builder, table, index):
-    """AVX2 looks 8 lanes up in 8: both halves of the table, and bit 3 chooses."""
-    values, numbers = ir.VectorType(ir.FloatType(), 8), ir.VectorType(_I32T, 8)
-
+def _by_halves(builder, name, table, index):
     def half(v, h):
-        return builder.shuffle_vector(v, v, ir.Constant(numbers, list(range(8 * h, 8 * h + 8))))
+        return builder.shuffle_vector(v, v, ir.Constant(ir.VectorType(_WORD, 8), list(range(8 * h, 8 * h + 8))))
 
-    out = []
-    for h in range(2):
-        at = half(index, h)
-        low, high = (
-            _call(builder, "llvm.x86.avx2.permps", values, values, numbers, (half(table, t), at)) for t in range(2)
-        )
-        upper = builder.icmp_unsigned("!=", builder.and_(at, ir.Constant(numbers, [8] * 8)), ir.Constant(numbers, None))
-        out.append(builder.select(upper, high, low))
-    return builder.shuffle_vector(*out, ir.Constant(ir.VectorType(_I32T, 16), list(range(16))))
+    both = (_call(builder, name, half(table, 0), half(index, h)) for h in range(2))
+    return builder.shuffle_vector(*both, ir.Constant(ir.VectorType(_WORD, 16), list(range(16))))
 
 
 def _least_bits(builder, value):
     """The least of 16 floats >= 0 as a splat of bits: they order as unsigned integers do."""
-    words = ir.VectorType(_I32T, 16)
+    words = ir.VectorType(_WORD, 16)
     v = builder.bitcast(value, words)
     for step in (8, 4, 2, 1):
         other = builder.shuffle_vector(v, v, ir.Constant(words, [k ^ step for k in range(16)]))
@@ -166,7 +158,7 @@ def first_least(tyctx, value):
     """The first lane of 16 with the least value; values are >= 0."""
 
     def codegen(context, builder, sig, args):
-        words = ir.VectorType(_I32T, 16)
+        words = ir.VectorType(_WORD, 16)
         equal = builder.icmp_unsigned("==", builder.bitcast(args[0], words), _least_bits(builder, args[0]))
         word = builder.zext(builder.bitcast(equal, ir.IntType(16)), ir.IntType(64))
         return builder.cttz(word, ir.IntType(1)(1))
@@ -179,12 +171,12 @@ def first_least_of(tyctx, value, run):
     """16 * run + lane, the least of those with the least value."""
 
     def codegen(context, builder, sig, args):
-        words = ir.VectorType(_I32T, 16)
+        words = ir.VectorType(_WORD, 16)
         equal = builder.icmp_unsigned("==", builder.bitcast(args[0], words), _least_bits(builder, args[0]))
         at = builder.add(builder.shl(args[1], ir.Constant(words, [4] * 16)), ir.Constant(words, list(range(16))))
         at = builder.select(equal, at, ir.Constant(words, [0x7FFFFFFF] * 16))
         least = _least_bits(builder, at)
-        return builder.zext(builder.extract_element(least, _I32T(0)), ir.IntType(64))
+        return builder.zext(builder.extract_element(least, _WORD(0)), ir.IntType(64))
 
     return types.int64(value, run), codegen
 
@@ -246,7 +238,6 @@ def _quantize3(
 def _set_ladder(mask, g):
     for j in range(RUN):
         g.ladder[j] = _F32(2 * (j & mask) + 1)
-        g.ladder[RUN + j] = _F32(2 * (j >> 2) + 1)
 
 
 @inline
@@ -427,13 +418,13 @@ def _neighbour(lists, begin, runs, per, width, scale, row, g):
 
 @inline
 def _errors(index, per, width, scale, row, g):
-    """Errors of 16 codes. Those of a weight are looked up, by 4 bits of the codes that hold its level."""
-    low = scale * load(g.ladder, 0, RUN)
-    high = scale * load(g.ladder, RUN, RUN)
+    """Errors of 16 codes: that of a weight is looked up by its level, the low bits of a shifted code."""
+    level = scale * load(g.ladder, 0, RUN)
     total = splat(0.0, RUN)
     for i in range(per):
-        d = (high if width == 2 and i % 2 else low) - g.v_rows[row + i]
-        part = lookup(g.root_rows[row + i] * d * d, index >> (i // 2 * 4 if width == 2 else 3 * i))
+        d = level - g.v_rows[row + i]
+        table = g.root_rows[row + i] * d * d
+        part = lookup(table, index >> (width * i), 2) if width == 2 else lookup(table, index >> (width * i), 3)
         total = part if i == 0 else total + part
     return total
 
