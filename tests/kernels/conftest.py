@@ -16,7 +16,7 @@ def ggml() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:
-        module.library()
+        module.shared_library()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     return module

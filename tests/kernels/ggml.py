@@ -13,7 +13,7 @@ from qbuild.ggml import QTYPES
 
 
 @functools.cache
-def library(path: str | None = None) -> ctypes.CDLL:
+def shared_library(path: str | None = None) -> ctypes.CDLL:
     """``path``: a libggml-base.so; without it, the library inside xllamacpp, found without importing the package."""
     if path is None:
         spec = find_spec("xllamacpp")
@@ -28,7 +28,7 @@ def library(path: str | None = None) -> ctypes.CDLL:
 
 def quantize(x: np.ndarray, name: str, imatrix: np.ndarray | None = None, path: str | None = None) -> np.ndarray:
     """float32 [rows, cols] to uint8 [rows, row bytes], as llama-quantize calls it."""
-    lib, t = library(path), QTYPES[name]
+    lib, t = shared_library(path), QTYPES[name]
     x = np.ascontiguousarray(x, np.float32)
     rows, cols = x.shape
     out = np.zeros((rows, t.row_bytes(cols)), np.uint8)
@@ -45,6 +45,6 @@ def dequantize(data: np.ndarray, name: str, path: str | None = None) -> np.ndarr
     data = np.ascontiguousarray(data)
     out = np.empty((rows, data.shape[1] // t.nbytes * t.block), np.float32)
     spelled = name[:-2].lower() + "_K" if name.endswith("_K") else name.lower()
-    function = getattr(library(path), f"dequantize_row_{spelled}")
+    function = getattr(shared_library(path), f"dequantize_row_{spelled}")
     function(ctypes.c_void_p(data.ctypes.data), ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(out.size))
     return out

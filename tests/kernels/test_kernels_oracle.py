@@ -166,7 +166,7 @@ def test_millions_of_weights(ggml, name, seed):
 
 def test_library_reports_a_type_size_we_know(ggml):
     """The oracle is the llama.cpp whose tables qbuild.ggml copies."""
-    size = ggml.library().ggml_row_size
+    size = ggml.shared_library().ggml_row_size
     size.restype, size.argtypes = ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]
     for name in TYPES:
         assert size(QTYPES[name].id, 512) == QTYPES[name].row_bytes(512)
