@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import blake3
 import numpy as np
 import pytest
+from arch.arch_kit import DATA, maker
 
 from qbuild import gguffile
 from qbuild.actions import tensor
@@ -19,20 +17,8 @@ from qbuild.arch.metadata import metadata, quantized_kvs
 from qbuild.checkpoint import Checkpoint, Reader, open_path
 from qbuild.ggml import FILE_TYPES, QTYPES
 
-HERE = Path(__file__).parent
-RECORDED: dict[str, dict[str, str]] = json.loads((HERE.parent / "data/arch/families.json").read_text())["files"]
-
-
-def _maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_families", HERE / "make_families.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKER = _maker()
+RECORDED: dict[str, dict[str, str]] = json.loads((DATA / "arch/families.json").read_text())["files"]
+MAKER = maker("make_families")
 
 
 def gguf_bytes(checkpoint: Checkpoint, file_type: str, kvs: list[gguffile.KV]) -> bytes:
