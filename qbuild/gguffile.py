@@ -9,6 +9,7 @@ import os
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from io import RawIOBase
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +96,11 @@ def decode_kv(kv: KV) -> Any:
 
 
 class _Short(Exception):
-    """More bytes of the file are needed."""
+    """More of the file is needed: at least up to byte ``end``."""
+
+    def __init__(self, end: int) -> None:
+        super().__init__(end)
+        self.end = end
 
 
 class _Cursor:
@@ -106,7 +111,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if self.at + count > len(self.data):
-            raise _Short
+            raise _Short(self.at + count)
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -127,44 +132,53 @@ class _Cursor:
         return InputError(self.place, f"its header {fact}", "fetch it again: the file is damaged")
 
     def value(self) -> Any:
-        return self._value(self.kind())
-
-    def _value(self, vtype: GGUFType) -> Any:
+        vtype = self.kind()
         if vtype == GGUFType.STRING:
             return self.string()
         if vtype != GGUFType.ARRAY:
             return self.unpack(SCALARS[vtype])
-        item, count = self.kind(), self.unpack("Q")
-        if item == GGUFType.ARRAY:
-            raise self.damaged("has an array of arrays")
+        item, count = self._array()
         if item == GGUFType.STRING:
-            return [self.string() for _ in range(count)]
-        data = self.take(count * struct.calcsize("<" + SCALARS[item]))
-        return list(struct.unpack(f"<{count}{SCALARS[item]}", data))
+            start, ends = self.at + 8, self._string_ends(count)
+            starts = [start, *(end + 8 for end in ends)]
+            return [self.data[i:j].decode("utf-8", "surrogateescape") for i, j in zip(starts, ends, strict=False)]
+        return list(struct.unpack(f"<{count}{SCALARS[item]}", self.take(count * struct.calcsize("<" + SCALARS[item]))))
 
     def skip_value(self) -> None:
         """Like ``value``, but only moves on: vocabularies hold hundreds of thousands of strings."""
         vtype = self.kind()
-        if vtype == GGUFType.ARRAY:
-            item, count = self.kind(), self.unpack("Q")
-            if item not in (GGUFType.STRING, GGUFType.ARRAY):
-                self.take(count * struct.calcsize("<" + SCALARS[item]))
-                return
-            if item == GGUFType.ARRAY:
-                raise self.damaged("has an array of arrays")
-        elif vtype != GGUFType.STRING:
+        if vtype == GGUFType.STRING:
+            self.take(self.unpack("Q"))
+        elif vtype != GGUFType.ARRAY:
             self.unpack(SCALARS[vtype])
-            return
         else:
-            count = 1
-        data, at, end, read = self.data, self.at, len(self.data), _LENGTH.unpack_from
+            item, count = self._array()
+            if item == GGUFType.STRING:
+                self._string_ends(count)
+            else:
+                self.take(count * struct.calcsize("<" + SCALARS[item]))
+
+    def _array(self) -> tuple[GGUFType, int]:
+        item, count = self.kind(), self.unpack("Q")
+        if item == GGUFType.ARRAY:
+            raise self.damaged("has an array of arrays")
+        return item, count
+
+    def _string_ends(self, count: int) -> list[int]:
+        """Pass so many strings; where each ends. A count that the data cannot hold is found before the first."""
+        data, at, size, length = self.data, self.at, len(self.data), _LENGTH.unpack_from
+        if at + 8 * count > size:
+            raise _Short(at + 8 * count)
+        ends = []
         for _ in range(count):
-            if at + 8 > end:
-                raise _Short
-            at += 8 + read(data, at)[0]
-            if at > end:
-                raise _Short
+            if at + 8 > size:
+                raise _Short(at + 8)
+            at += 8 + length(data, at)[0]
+            ends.append(at)
+        if at > size:
+            raise _Short(at)
         self.at = at
+        return ends
 
 
 _LENGTH = struct.Struct("<Q")
@@ -195,6 +209,8 @@ def layout(tensors: Sequence[Named]) -> tuple[list[int], int]:
 def header(kvs: Sequence[KV], tensors: Sequence[Named]) -> bytes:
     """Everything before the data section, padding included."""
     out = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(kvs)), *(kv.raw for kv in kvs)]
+    if any(kv.key == "general.alignment" and decode_kv(kv) != ALIGNMENT for kv in kvs):
+        raise ValueError(f"BUG: a header that promises another alignment than {ALIGNMENT}")
     offsets, _ = layout(tensors)
     for (name, shape, type_), offset in zip(tensors, offsets, strict=True):
         out += [_string(name), struct.pack("<I", len(shape)), struct.pack(f"<{len(shape)}Q", *reversed(shape))]
@@ -203,53 +219,87 @@ def header(kvs: Sequence[KV], tensors: Sequence[Named]) -> bytes:
     return data + bytes(-len(data) % ALIGNMENT)
 
 
-FIRST_READ, MAX_HEADER = 1 << 20, 1 << 29  # bytes; a header of half a GiB is no header
+FIRST_READ, MAX_HEADER = 1 << 20, 128 << 20  # bytes; the largest vocabularies make headers of some 20 MB
+MAX_COUNT = 1 << 16  # of key-value pairs and of tensors; the largest models have some 2,000
 
 
 def read_header(path: Path) -> GgufHeader:
     """Header of a GGUF file, read in growing steps and validated. InputError says what is wrong with it."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             data = file.read(FIRST_READ)
             while True:
                 try:
-                    return _parse(_Cursor(data, str(path)))
-                except _Short:
-                    if len(data) >= min(size, MAX_HEADER):
-                        raise InputError(str(path), "its header is truncated", "fetch it again") from None
-                    data += file.read(len(data))
+                    return _parse(_Cursor(data, str(path)), size)
+                except _Short as short:
+                    data += _more(file, str(path), len(data), short.end, size)
     except OSError as error:
         raise InputError(str(path), f"cannot be read: {error.strerror}", "check the path and the disk") from None
 
 
-def _parse(c: _Cursor) -> GgufHeader:
+def _more(file: RawIOBase, place: str, have: int, need: int, size: int) -> bytes:
+    """The next bytes of a header, at least to byte ``need``; more than that only as far as doubling goes."""
+    if need > size:
+        fact = f"its header is truncated: it goes on to byte {need} of {size}"
+        raise InputError(place, fact, "fetch it again: the download did not finish")
+    if need > MAX_HEADER:
+        fact = f"its header is longer than {MAX_HEADER >> 20} MiB"
+        raise InputError(place, fact, "fetch it again: the file is damaged")
+    found = file.read(max(need, min(2 * have, MAX_HEADER)) - have)
+    if not found:
+        raise InputError(place, "became shorter while it was read", "leave the file alone while it is built from")
+    return found
+
+
+def _parse(c: _Cursor, size: int) -> GgufHeader:
     if c.take(4) != MAGIC:
         raise InputError(c.place, "is not a GGUF file", "model.source=FILE.gguf")
     version = c.unpack("I")
     if version != VERSION:
-        raise InputError(
-            c.place, f"is GGUF version {version}; version {VERSION} little endian can be read", "convert it anew"
-        )
+        found = "big endian" if version & 0xFFFF == 0 else f"GGUF version {version}"
+        fact = f"is {found}; version {VERSION}, little endian, can be read"
+        raise InputError(c.place, fact, "convert the model anew with a current llama.cpp")
     tensor_count, kv_count = c.unpack("Q"), c.unpack("Q")
-    kvs = []
+    if max(tensor_count, kv_count) > MAX_COUNT:
+        raise c.damaged(f"counts {tensor_count} tensors and {kv_count} key-value pairs")
+    kvs: dict[str, KV] = {}
     for _ in range(kv_count):
         start, key = c.at, c.string()
+        if key in kvs:
+            raise c.damaged(f"has the key {key!r} twice")
         c.skip_value()
-        kvs.append(KV(key, c.data[start : c.at]))
-    if len({kv.key for kv in kvs}) != len(kvs):
-        raise c.damaged("has a key twice")
-    tensors = [_tensor(c) for _ in range(tensor_count)]
-    alignment = next((decode_kv(kv) for kv in kvs if kv.key == "general.alignment"), ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
+        kvs[key] = KV(key, c.data[start : c.at])
+    tensors = tuple(_tensor(c) for _ in range(tensor_count))
+    alignment = decode_kv(kvs["general.alignment"]) if "general.alignment" in kvs else ALIGNMENT
+    if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
         raise c.damaged(f"has the alignment {alignment!r}")
-    if any(t.offset % alignment for t in tensors):
-        raise c.damaged("has a tensor off its alignment")
-    return GgufHeader(tuple(kvs), tuple(tensors), c.at + -c.at % alignment, alignment)
+    header = GgufHeader(tuple(kvs.values()), tensors, c.at + -c.at % alignment, alignment)
+    _check_places(c, header, size)
+    return header
+
+
+def _check_places(c: _Cursor, header: GgufHeader, size: int) -> None:
+    """Every name once, every tensor aligned, inside the file and clear of the others."""
+    end, names = 0, set()
+    for t in sorted(header.tensors, key=lambda t: (t.offset, t.nbytes)):
+        if t.name in names:
+            raise c.damaged(f"has the tensor {t.name} twice")
+        names.add(t.name)
+        if t.offset % header.alignment:
+            raise c.damaged(f"has tensor {t.name} off its alignment")
+        if t.offset < end:
+            raise c.damaged(f"has tensor {t.name} overlap another")
+        end = t.offset + t.nbytes
+        if header.data_offset + end > size:
+            fact = f"is truncated: tensor {t.name} ends at byte {header.data_offset + end} of {size}"
+            raise InputError(c.place, fact, "fetch it again: the download did not finish")
 
 
 def _tensor(c: _Cursor) -> TensorInfo:
     name, dims = c.string(), c.unpack("I")
+    if not name or not name.isprintable():
+        raise c.damaged(f"names a tensor {name[:80]!r}")
     if not 1 <= dims <= 4:
         raise c.damaged(f"gives tensor {name!r} {dims} dimensions")
     shape = tuple(c.unpack("Q") for _ in range(dims))[::-1]
