@@ -36,6 +36,7 @@ MODULES = {
     "Q3_K": "symmetric",
     "Q6_K": "symmetric",
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "grid"),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS"), "nonlinear"),
 }
 NEEDS_IMATRIX = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})  # ggml asserts one, whatever the tensor
 _UNPACKED = ("legacy", "affine", "symmetric")  # modules whose types unpack.py reads
