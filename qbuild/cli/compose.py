@@ -26,7 +26,7 @@ PACKAGES = (*schema.sections(), "targets")
 PRIMARY = "qbuild"  # not `config`: ./conf may belong to another Hydra program
 GROUPS = ("target", "model", "+recipe")  # as they are written on a command line
 
-Task = Callable[["Job"], Any]  # runs a job and returns how it went
+Task = Callable[[schema.Config], Any]  # runs a job and returns how it went
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _Launched:
     task: Task
 
     def __call__(self, config: Any) -> Any:
-        return self.task(_job(config))
+        return self.task(_job(config).config)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ class Verb:
     run: Callable[[Request], Answer]
     about: str
     words: int = 0  # how many it takes beside overrides
+    merges: bool = False  # the jobs of a sweep are one request where they differ only in their targets
 
 
 def build(request: Request) -> Answer:
@@ -140,8 +141,8 @@ def _store(request: Request) -> Store:
 
 
 VERBS: dict[str, Verb] = {
-    "build": Verb(build, "make what is missing (the default)"),
-    "plan": Verb(planned, "say what a build would do, what it needs and whether it fits"),
+    "build": Verb(build, "make what is missing (the default)", merges=True),
+    "plan": Verb(planned, "say what a build would do, what it needs and whether it fits", merges=True),
     "info": Verb(info, "what a model is and what every file type of it would weigh", words=1),
     "explain": Verb(explain, "why a target or tensor is stored or will be made", words=1),
     "status": Verb(status, "the outputs that were made and the store"),

@@ -120,29 +120,60 @@ def test_sigterm_ends_a_build_like_ctrl_c(qbuild: Run, engine: Engine, monkeypat
     assert qbuild(*TARGET).code == 130
 
 
-def test_a_sweep_runs_every_combination(qbuild: Run, engine: Engine) -> None:
+def test_a_sweep_is_one_build_for_each_model(qbuild: Run, engine: Engine) -> None:
     done = qbuild("-m", "model.source=x", "target=gguf/q4_k_m,gguf/q8_0", "model.outtype=auto,F16")
     assert done.code == 0
     assert [(*c.targets, c.model.outtype) for c in engine.configs] == [
-        ("q4_k_m", "auto"), ("q4_k_m", "F16"), ("q8_0", "auto"), ("q8_0", "F16"),
+        ("q4_k_m", "q8_0", "auto"), ("q4_k_m", "q8_0", "F16"),
     ]  # fmt: skip
 
 
+def test_a_sweep_over_a_setting_gives_each_value_a_file_of_its_own(qbuild: Run, engine: Engine) -> None:
+    argv = ("-m", "model.source=x", "target=gguf/q4_k_m", "targets.q4_k_m.pure=true,false", "format=json")
+    jobs = qbuild(*argv).document["jobs"]
+    assert [list(c.targets) for c in engine.configs] == [["q4_k_m-pure-True", "q4_k_m-pure-False"]]
+    assert [t.suffix for t in engine.configs[0].targets.values()] == ["Q4_K_M-pure-True", "Q4_K_M-pure-False"]
+    paths = [job["result"]["targets"]["q4_k_m"]["path"] for job in jobs]
+    assert len(set(paths)) == 2
+
+
+def test_a_target_that_several_jobs_want_is_made_once(qbuild: Run, engine: Engine) -> None:
+    argv = ("-m", "model.source=x", "target=gguf/q4_k_m,[gguf/q4_k_m,gguf/q8_0]", "format=json")
+    jobs = qbuild(*argv).document["jobs"]
+    assert [list(c.targets) for c in engine.configs] == [["q4_k_m", "q8_0"]]
+    assert [list(job["result"]["targets"]) for job in jobs] == [["q4_k_m"], ["q4_k_m", "q8_0"]]
+
+
 def test_a_sweep_is_one_json_document(qbuild: Run, engine: Engine) -> None:
-    engine.error, engine.only = errors.InputError("a", "b"), "q8_0"
-    argv = ("-m", "-k", "model.source=x", "target=gguf/q8_0,gguf/q4_k_m", "format=json")
+    engine.error, engine.only = errors.InputError("targets.q8_0", "b"), "q8_0"
+    argv = ("-m", "-k", "model.source=x", "target=gguf/q8_0,gguf/q4_k_m,gguf/q6_k", "format=json")
     done = qbuild(*argv)
     jobs = done.document["jobs"]
     assert done.code == 4
-    assert [job["exit_code"] for job in jobs] == [4, 0]
+    assert [job["exit_code"] for job in jobs] == [4, 0, 0]
     assert jobs[0]["error"]["fact"] == "b"
     assert "target=gguf/q8_0" in jobs[0]["overrides"]
     assert jobs[1]["result"]["targets"].keys() == {"q4_k_m"}
+    assert [list(c.targets) for c in engine.configs] == [["q8_0", "q4_k_m", "q6_k"], ["q4_k_m", "q6_k"]]
+
+
+def test_a_failure_that_names_no_target_is_found_by_trying_the_jobs_alone(qbuild: Run, engine: Engine) -> None:
+    engine.error, engine.only = errors.ActionFailed("worker", "was killed"), "q8_0"
+    done = qbuild("-m", "-k", "model.source=x", "target=gguf/q8_0,gguf/q4_k_m", "format=json")
+    assert done.code == 1
+    assert [job["exit_code"] for job in done.document["jobs"]] == [1, 0]
+    assert [list(c.targets) for c in engine.configs] == [["q8_0", "q4_k_m"], ["q8_0"], ["q4_k_m"]]
 
 
 def test_a_sweep_stops_at_the_first_failure_unless_told_to_go_on(qbuild: Run, engine: Engine) -> None:
     engine.error = errors.InputError("a", "b")
-    assert qbuild("-m", "model.source=x", "target=gguf/q8_0,gguf/q4_k_m").code == 4
+    assert qbuild("-m", "model.source=x,y", "target=gguf/q8_0,gguf/q4_k_m").code == 4
+    assert len(engine.configs) == 1
+
+
+def test_an_interrupted_sweep_stops_even_if_told_to_go_on(qbuild: Run, engine: Engine) -> None:
+    engine.error = KeyboardInterrupt()
+    assert qbuild("-m", "-k", "model.source=x,y", "target=gguf/q8_0,gguf/q4_k_m").code == 130
     assert len(engine.configs) == 1
 
 

@@ -1,0 +1,77 @@
+"""qbuild from Python: the command line's engine for notebooks and scripts.
+
+import qbuild
+
+result = qbuild.build(qbuild.configure("model.source=./my-model", "target=gguf/q4_k_m"))
+result.targets["q4_k_m"].path
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qbuild import execute, progress, schema
+from qbuild.cli import compose
+from qbuild.cli.args import Args
+
+__all__ = ["Result", "TargetResult", "build", "configure"]
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """One output. ``peak_ram`` and ``predicted_ram`` are bytes, 0 where nothing had to run."""
+
+    path: Path
+    digest: str
+    bytes: int
+    bits_per_weight: float
+    verdicts: Mapping[str, int]  # of its tensors: "hit" and "run"
+    seconds: float
+    peak_ram: int
+    predicted_ram: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a build made. ``document`` is all of it: the content of ``build.json``."""
+
+    targets: Mapping[str, TargetResult]
+    document: Mapping[str, Any]
+
+
+def configure(*overrides: str, folder: str | Path = ".") -> schema.Config:
+    """The configuration of a command line's words, such as ``+recipe=tiny_q4`` or ``budget.ram=8GiB``.
+
+    Recipes and conf are looked for in ``folder`` first. Raises ConfigError for what is not understood.
+    """
+    with compose.opened(Args(overrides=overrides), Path(folder).absolute()) as composer:
+        return composer.job().config
+
+
+def build(config: schema.Config | Mapping[str, Any], *, quiet: bool = False) -> Result:
+    """Make everything that ``config`` asks for; what is stored already is served.
+
+    A mapping is what a recipe holds: ``{"model": {"source": …}, "targets": {"q4": {"ftype": "Q4_K_M"}}}``. Progress
+    goes to standard error unless ``quiet``. Raises a QbuildError that says place, fact and remedy.
+    """
+    settings = config if isinstance(config, schema.Config) else schema.parse(config)
+    document = execute.build(settings, progress.sink(sys.stderr, quiet=quiet))
+    targets = {name: _target(made) for name, made in document["targets"].items()}
+    return Result(targets, document)
+
+
+def _target(made: Mapping[str, Any]) -> TargetResult:
+    return TargetResult(
+        Path(made["path"]),
+        made["digest"],
+        made["bytes"],
+        made["bits_per_weight"],
+        dict(made["verdicts"]),
+        made["seconds"],
+        made["peak_ram"],
+        made["predicted_ram"],
+    )
