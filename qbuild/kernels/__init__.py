@@ -35,6 +35,7 @@ MODULES = {
     "Q5_K": "affine",
     "Q3_K": "symmetric",
     "Q6_K": "symmetric",
+    **dict.fromkeys(("IQ1_S", "IQ1_M"), "split"),
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "grid"),
     **dict.fromkeys(("IQ4_NL", "IQ4_XS"), "nonlinear"),
 }

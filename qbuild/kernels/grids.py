@@ -1,4 +1,4 @@
-"""Grids of the IQ2 and IQ3 types: which codes are grid points, and the grid points near every other code.
+"""Grids of the IQ1, IQ2 and IQ3 types: which codes are grid points, and the grid points near every other code.
 
 A *code* is the levels of 8 weights in 2 bits each, or of 4 weights in 3 bits each, the first weight lowest; a level l
 stands for 2 * l + 1. The points and their order come from the gguf package; nearness is that of ggml_quantize_init
@@ -25,6 +25,8 @@ class Grid:
 
 
 GRIDS = {
+    "IQ1_S": Grid(2, 3),
+    "IQ1_M": Grid(2, 3),
     "IQ2_XXS": Grid(2, 2),
     "IQ2_XS": Grid(2, 2),
     "IQ2_S": Grid(2, 1),
