@@ -38,9 +38,12 @@ MODULES = {
     **dict.fromkeys(("IQ1_S", "IQ1_M"), "split"),
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "grid"),
     **dict.fromkeys(("IQ4_NL", "IQ4_XS"), "nonlinear"),
+    **dict.fromkeys(("MXFP4", "NVFP4"), "microscale"),
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), "ternary"),
+    **dict.fromkeys(("Q1_0", "Q2_0"), "onebit"),
 }
 NEEDS_IMATRIX = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})  # ggml asserts one, whatever the tensor
-_UNPACKED = ("legacy", "affine", "symmetric")  # modules whose types unpack.py reads
+_UNPACKED = ("legacy", "affine", "symmetric", "onebit")  # modules whose types unpack.py reads
 _KINDS = {"F32": 0, "F16": 1, "BF16": 2}
 _HELD = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint16): "BF16"}
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}

@@ -14,7 +14,6 @@ from qbuild.kernels.simd import (
     inline,
     kernel,
     load,
-    load_columns,
     select,
     splat,
     sqrt,
@@ -24,7 +23,7 @@ from qbuild.kernels.simd import (
     transpose,
     zeros,
 )
-from qbuild.kernels.superblock import GROUP, WIDTH, by_block, load_sigma2, put_half, work
+from qbuild.kernels.superblock import GROUP, WIDTH, by_block, load_runs, load_sigma2, put_half, work
 
 _U8, _I32, _F32 = np.uint8, np.int32, np.float32
 SUB, PER_BLOCK = 32, 8
@@ -51,9 +50,9 @@ def _quantize(source, kind, out, runs, cols, imatrix, coded, tries):
         if weighted and coded:
             load_sigma2(source, kind, first // PER_BLOCK, runs // PER_BLOCK, 1.0, SUB, k)
         for tile in range(tiles):
-            _load(source, kind, first + tile * WIDTH, runs, runs * SUB, k.x[tile * SUB * WIDTH :], k)
+            load_runs(source, kind, first + tile * WIDTH, runs, SUB, runs * SUB, WIDTH, k.x[tile * SUB * WIDTH :], k)
             if weighted:
-                _load(imatrix, 0, first + tile * WIDTH, runs, cols, k.w, k)
+                load_runs(imatrix, 0, first + tile * WIDTH, runs, SUB, cols, WIDTH, k.w, k)
             _weigh(tile, weighted, coded, k, zero)
             store(k.fits, tile * WIDTH, _fit(k.x[tile * SUB * WIDTH :], k.w, tries, zero))
         if coded:
@@ -68,15 +67,6 @@ def _quantize(source, kind, out, runs, cols, imatrix, coded, tries):
             _put_super_blocks(out, first // PER_BLOCK, live // PER_BLOCK, k)
         else:
             _put_blocks(out, first, live, tiles, k, zero)
-
-
-@inline
-def _load(source, kind, run, runs, wrap, target, k):
-    """The weights of WIDTH runs from ``run`` on, the last one repeated; ``wrap``: weights to a row, or to all."""
-    for lane in range(0, WIDTH, 16):
-        for j in range(16):
-            k.starts[j] = min(run + lane + j, runs - 1) * SUB % wrap
-        load_columns(source, kind, k.starts, SUB, target[lane:], WIDTH, k.page)
 
 
 @inline

@@ -62,6 +62,18 @@ def load_group(source, kind, first, blocks, sub, k):
 
 
 @inline
+def load_runs(source, kind, first, count, sub, wrap, width, target, k):
+    """Runs of ``sub`` weights, a run per lane, from run ``first`` of ``count`` on, the last one repeated.
+
+    ``wrap``: weights in all, or of a row where ``source`` is an imatrix.
+    """
+    for lane in range(0, width, 16):
+        for j in range(16):
+            k.starts[j] = min(first + lane + j, count - 1) * sub % wrap
+        load_columns(source, kind, k.starts, sub, target[lane:], width, k.page)
+
+
+@inline
 def load_importance(imatrix, cols, first, tile, sub, k):
     """Importance of a tile's weights, in lane order. ``imatrix``: the float32 of one row, as bytes."""
     for lane in range(0, WIDTH, 16):

@@ -1,4 +1,4 @@
-"""Dequantizing the types of legacy.py, affine.py and symmetric.py: y = d * (q - offset) + m, a run of 16 at a time.
+"""Dequantizing the types of legacy.py, affine.py, symmetric.py, onebit.py: y = d * (q - offset) + m, 16 at a time.
 
 Bit-equal to dequantize_row_* of llama.cpp (ggml-quants.c): the same products in the same order.
 """
@@ -16,6 +16,7 @@ _U8, _I32, _F32, _U16 = np.uint8, np.int32, np.float32, np.uint16
 TYPES = {
     "Q8_0": (0, 128), "Q4_0": (1, 8), "Q4_1": (2, 0), "Q5_0": (3, 16), "Q5_1": (4, 0),
     "Q2_K": (5, 0), "Q3_K": (6, 4), "Q4_K": (7, 0), "Q5_K": (8, 0), "Q6_K": (9, 32),
+    "Q1_0": (10, 1), "Q2_0": (11, 1),
 }  # fmt: skip
 _LANES = np.arange(16, dtype=np.int32)
 
@@ -36,6 +37,8 @@ def _dequantize(data, out, blocks, n, nbytes, code, offset, numbers):
             _read_legacy(code, data, o, levels, d, m, numbers)
         elif code == 7 or code == 8:
             _read_k32(code, data, o, levels, d, m)
+        elif code >= 10:
+            _read_bits(code, data, o, levels, d, n)
         else:
             _read_k16(code, data, o, levels, d, m)
         for r in range(n // 16):
@@ -68,6 +71,17 @@ def _read_legacy(code, data, o, levels, d, m, numbers):
     both = load(data, at, 16)
     store(levels, 0, low | (both & 15))
     store(levels, 16, high | (both >> 4))
+
+
+@inline
+def _read_bits(code, data, o, levels, d, n):
+    """Signs as the levels 0 and 2, or levels of 2 bits."""
+    d[:] = _half(data, o)
+    for i in range(n):
+        if code == 10:
+            levels[i] = ((data[o + 2 + i // 8] >> (i % 8)) & 1) << 1
+        else:
+            levels[i] = (data[o + 2 + i // 4] >> (2 * (i % 4))) & 3
 
 
 @inline

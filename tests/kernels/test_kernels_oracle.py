@@ -11,7 +11,10 @@ import pytest
 from qbuild import kernels
 from qbuild.ggml import QTYPES
 
-TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+TYPES = (
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0",
+)  # fmt: skip
 COLS = 768
 
 
@@ -106,6 +109,41 @@ def test_chunks_and_threads_do_not_change_bytes(name):
     assert (kernels.quantize(x, name, weights, threads=2) == whole).all()
     parts = [kernels.quantize(x[at : at + 5], name, weights) for at in range(0, 23, 5)]
     assert (np.concatenate(parts) == whole).all()
+
+
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
+def test_scale_of_every_exponent(ggml, name):
+    """The largest magnitude just below, at and above each power of two: log2f rounds up below one, E4M3 carries."""
+    powers = np.arange(1, 255, dtype=np.uint32)[:, None] << 23
+    near = np.concatenate([powers + np.arange(-70, 9, dtype=np.int32).view(np.uint32), powers | 0x700000], axis=1)
+    subnormal = np.concatenate([(1 << np.arange(23)[:, None]) + np.arange(3) - 1, np.zeros((23, 1), int)], axis=1)
+    largest = np.concatenate([near.ravel(), (near[:, ::8] ^ 0x80000000).ravel(), subnormal.astype(np.uint32).ravel()])
+    block = QTYPES[name].block
+    share = np.linspace(-1, 1, block, dtype=np.float32)
+    share[::16] = 1
+    x = largest.view(np.float32)[:, None] * share
+    assert_same(name, kernels.quantize(x, name), ggml.quantize(x, name))
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS"])
+def test_weights_between_two_values(ggml, name):
+    """Halfway between values a tie goes up; an ulp beside it does not."""
+    values = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+    middles = ((values[1:] + values[:-1]) / 2).view(np.uint32)
+    x = np.concatenate([(middles + np.uint32(k)).view(np.float32) for k in (0, 1, 0xFFFFFFFF)])
+    rows = np.stack([np.resize(np.concatenate([[-127], x]), 256), np.resize(np.concatenate([[-127], x[::-1]]), 256)])
+    rows[:, ::32] = -127  # so that the first scale tried is 1
+    for scale in (1, 2.0**-9, -1, 3e-3):
+        held = (rows * scale).astype(np.float32)
+        for weights in (None, np.ones(256, np.float32)):
+            assert_same(name, kernels.quantize(held, name, weights), ggml.quantize(held, name, weights))
+
+
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "Q8_0"])
+def test_rounded_types_ignore_an_imatrix(name):
+    rng = np.random.default_rng(8)
+    x, weights = rng.standard_normal((5, COLS)).astype(np.float32), rng.random(COLS).astype(np.float32)
+    assert (kernels.quantize(x, name, weights) == kernels.quantize(x, name)).all()
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
