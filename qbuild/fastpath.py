@@ -86,7 +86,7 @@ def _own_files() -> list[str]:
 def _stat(path: str) -> Stat | None:
     try:
         found = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 

@@ -626,8 +626,8 @@ class Store:
         for file, name in rows:
             path = self.root / "partial" / name
             found = stat_of(path)
-            held = None if self.read_only else self.try_lock(f"partial {name}")
-            if found is None or held is None:  # being written
+            held = None if self.read_only or found is None else self.try_lock(f"partial {name}")
+            if found is None or held is None:  # gone, or being written
                 continue
             try:
                 tell(path, found.st_size)

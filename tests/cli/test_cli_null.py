@@ -180,3 +180,8 @@ def test_the_answer_of_a_record_is_that_of_a_real_null_build(project: Path, tmp_
     for document in (first, answered, long_way):
         document["totals"].pop("wall_seconds")
     assert answered == long_way == nullbuild.as_null(first)
+
+
+def test_an_input_below_a_file_counts_as_missing(project: Path) -> None:
+    (project / "file").write_bytes(b"")
+    assert fastpath.record(ARGV, str(project), [str(project / "file" / "inside")], [], "text", LATER)

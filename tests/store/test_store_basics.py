@@ -447,3 +447,13 @@ def test_3000_rows_cost_under_a_second(store: Store):
         began = time.process_time()
         assert all(cache.get(str(i)) for i in range(1500))
         assert time.process_time() - began < 1.0
+
+
+def test_verify_lets_go_of_an_unfinished_file_that_was_removed(store: Store) -> None:
+    with store.partial("name", 64) as partial:
+        partial.finished(digest_bytes(bytes(64)), 0)
+    partial.path.unlink()
+    assert list(store.verify()) == []
+    held = store.try_lock("partial name")
+    assert held is not None
+    held.release()
