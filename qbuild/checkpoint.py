@@ -35,8 +35,9 @@ MAX_DIMENSIONS = 8
 AUX = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "README.md",
+    "chat_template.json", "tekken.json", "modules.json", "README.md",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates/*.jinja"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
@@ -152,6 +153,7 @@ def _open_directory(root: Path, source: str) -> Checkpoint:
     if not isinstance(config, dict):
         raise InputError(str(config_path), "is not a JSON object", "fetch the file again")
     aux = {name: root / name for name in AUX if (root / name).is_file()}
+    aux |= {str(path.relative_to(root)): path for path in sorted(root.glob(TEMPLATES))}
     headers = [(SourceFile(path, path.stat().st_size), _local_header(path)) for path in shards]
     found = safetensors(source, root, headers, config, aux)
     if index is not None:

@@ -81,7 +81,8 @@ def _matches(plan: Plan, word: str) -> list[str]:
     if not found:
         names = [*plan.resolved.graph.targets, *actions]
         near = difflib.get_close_matches(word, names, 3, 0.5)
-        raise ConfigError("explain", f"no target, tensor or action is called {word!r}", f"nearest: {', '.join(near)}")
+        remedy = f"nearest: {', '.join(near)}" if near else "qbuild graph lists what there is"
+        raise ConfigError("explain", f"no target, tensor or action is called {word!r}", remedy)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import json
 import re
@@ -13,6 +14,7 @@ from qbuild.checkpoint import (
     CONVERT,
     MAX_HEADER,
     PICKLES,
+    TEMPLATES,
     Checkpoint,
     SourceFile,
     open_path,
@@ -73,7 +75,7 @@ class _Hub:
         """Everything a build needs, in the Hub's own cache; the folder's name is the commit."""
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors", "model.safetensors.index.json", *AUX]
+        patterns = ["*.safetensors", "model.safetensors.index.json", *AUX, TEMPLATES]
         folder = Path(
             snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns, local_files_only=self.offline)
         )
@@ -98,7 +100,7 @@ class _Hub:
             )
         aux = {
             name: Path(hf_hub_download(self.repo, name, revision=commit))
-            for name in AUX
+            for name in (*AUX, *fnmatch.filter(sorted(names), TEMPLATES))
             if name in names and name != "README.md"
         }
         if "config.json" not in aux:

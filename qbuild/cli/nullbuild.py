@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qbuild import fastpath, schema
+from qbuild.checkpoint import TEMPLATES
 
 __all__ = ["as_null", "inputs", "outputs"]
 
@@ -19,8 +20,9 @@ def inputs(config: schema.Config, folders: tuple[Path, ...]) -> list[str] | None
     if source is None or config.rebuild:
         return None
     found = [path for folder in folders for path in fastpath.tree(str(folder))]
-    imatrices = [t.imatrix for t in config.targets.values() if isinstance(t, schema.GgufTarget) and t.imatrix]
-    return [*found, *map(str, source), *imatrices]
+    targets = [t for t in config.targets.values() if isinstance(t, schema.GgufTarget)]
+    imatrices = [Path(t.imatrix).expanduser() for t in targets if t.imatrix]
+    return [*found, *map(str, source), *map(str, imatrices)]
 
 
 def _source(source: str) -> list[Path] | None:
@@ -33,7 +35,7 @@ def _source(source: str) -> list[Path] | None:
         return [Path(roots[0]) / inside] if roots else None
     path = Path(source).expanduser()
     if path.is_dir():
-        return [path, *sorted(path.iterdir())]
+        return [path, *sorted(path.iterdir()), *sorted(path.glob(TEMPLATES))]
     if not path.is_file():
         return None
     split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
