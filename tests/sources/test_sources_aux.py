@@ -38,7 +38,8 @@ def test_a_small_file_is_an_input_and_watched_by_the_null_build(model: Path, nam
         path.write_text("{}")
     assert open_path(model, "m").aux[name] == path
     watched = inputs(parse({"model": {"source": str(model)}}), ())
-    assert watched is not None and str(path) in watched
+    assert watched is not None
+    assert str(path) in watched
 
 
 def test_an_imatrix_in_the_home_folder_is_watched_by_the_null_build(
@@ -47,4 +48,5 @@ def test_an_imatrix_in_the_home_folder_is_watched_by_the_null_build(
     monkeypatch.setenv("HOME", str(model))
     targets = {"a": {"format": "gguf", "ftype": "Q4_0", "imatrix": "~/m.imatrix"}}
     watched = inputs(parse({"model": {"source": str(model)}, "targets": targets}), ())
-    assert watched is not None and str(model / "m.imatrix") in watched
+    assert watched is not None
+    assert str(model / "m.imatrix") in watched
