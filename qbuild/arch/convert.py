@@ -107,6 +107,9 @@ def find(config: Mapping[str, Any], *names: str) -> Any:
     return next((config[name] for name in names if name in config), None)
 
 
+SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
+
+
 class _Shapes:
     """Letters of the families' rows as numbers, and which rows a layer has."""
 
@@ -128,7 +131,7 @@ class _Shapes:
         g, d = config.get("num_key_value_heads", n), config.get("head_dim", hidden // n)
         size = {"h": hidden, "f": ff, "v": config["vocab_size"], "n": n, "g": g, "d": d, "q": n * d, "k": g * d, "1": 1}
         size["e"] = find(config, "num_local_experts", "num_experts") or 0
-        size |= {"m": config.get("moe_intermediate_size", ff), "s": config.get("shared_expert_intermediate_size", ff)}
+        size |= {"m": config.get("moe_intermediate_size", ff), "s": find(config, *SHARED) or ff}
         return size | {"b": size["q"] + 2 * size["k"], "F": 2 * ff}
 
     def of(self, row: Row) -> tuple[int, ...]:

@@ -162,12 +162,49 @@ STABLE_NORMS = (
     Row("post_attention_layernorm.bias", "ffn_norm.bias", "h", "!use_parallel_residual"),
 )
 NORM_BIAS = Row("model.norm.bias", "output_norm.bias", "h")
+GRANITE_EXPERTS = (  # the router, and experts whose gate and up stand in one tensor
+    Row("block_sparse_moe.router.layer.weight", "ffn_gate_inp.weight", "eh"),
+    Row("block_sparse_moe.input_linear.weight", "ffn_gate_exps.weight", "efh", "", "", (0, 2)),
+    Row("block_sparse_moe.input_linear.weight", "ffn_up_exps.weight", "efh", "", "", (1, 2)),
+    Row("block_sparse_moe.output_linear.weight", "ffn_down_exps.weight", "ehf"),
+    Row("shared_mlp.input_linear.weight", "ffn_gate_shexp.weight", "sh", "shared_intermediate_size", "", (0, 2)),
+    Row("shared_mlp.input_linear.weight", "ffn_up_shexp.weight", "sh", "shared_intermediate_size", "", (1, 2)),
+    Row("shared_mlp.output_linear.weight", "ffn_down_shexp.weight", "hs", "shared_intermediate_size"),
+)
+COHERE_NORMS = (
+    Row("input_layernorm.weight", "attn_norm.weight", "h"),
+    Row("self_attn.q_norm.weight", "attn_q_norm.weight", "nd", "use_qk_norm"),
+    Row("self_attn.k_norm.weight", "attn_k_norm.weight", "gd", "use_qk_norm"),
+)
+SEED_NORMS = _norms({"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"})
+PHI2_LAYER = (
+    *_norms({"input_layernorm": "attn_norm"}, ""),
+    *_attention("", "")[:-2],
+    Row("self_attn.dense.weight", "attn_output.weight", "hq"),
+    Row("self_attn.dense.bias", "attn_output.bias", "h"),
+    Row("mlp.fc1.weight", "ffn_up.weight", "fh"),
+    Row("mlp.fc1.bias", "ffn_up.bias", "f"),
+    Row("mlp.fc2.weight", "ffn_down.weight", "hf"),
+    Row("mlp.fc2.bias", "ffn_down.bias", "h"),
+)
+PHI2_OUTER = (
+    EMBEDDING,
+    Row("model.final_layernorm.weight", "output_norm.weight", "h"),
+    Row("model.final_layernorm.bias", "output_norm.bias", "h"),
+    HEAD,
+    Row("lm_head.bias", "output.bias", "v", "!tie_word_embeddings"),
+)
 
 LLAMA_LAYER = (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias", True), *_mlp("mlp_bias"))
 GEMMA_OUTER = _plus_one(EMBEDDING, NORM)
 GEMMA = {"tie_word_embeddings": True, "head_dim": 256}
 GEMMA3_TEXT = {**GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208}
 NOT_USED = ("lm_head.weight",)  # autoawq saves Gemma's tied head
+
+NO_GATE = tuple(row for row in _mlp("mlp_bias") if "gate" not in row.gguf)
+GRANITE_MOE = Family(
+    "granitemoe", (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias", True), *GRANITE_EXPERTS), OUTER
+)
 
 LLAMA = Family("llama", LLAMA_LAYER, OUTER, rope="llama3")
 QWEN2_LAYER = (*LLAMA_NORMS, *_attention("", "?"), *_mlp())
@@ -188,6 +225,28 @@ FAMILIES: dict[str, Family] = {
     "MixtralForCausalLM": Family("llama", (*LLAMA_NORMS, *_attention("?", "?", True), *MIXTRAL_EXPERTS), OUTER),
     "SmolLM3ForCausalLM": Family("smollm3", LLAMA_LAYER, OUTER, rope="llama3", defaults={"tie_word_embeddings": True}),
     "GraniteForCausalLM": Family("granite", LLAMA_LAYER, OUTER, rope="llama3"),
+    "GraniteMoeForCausalLM": GRANITE_MOE,
+    "GraniteMoeSharedForCausalLM": GRANITE_MOE,
+    "ArceeForCausalLM": Family(
+        "arcee", (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias", True), *NO_GATE), OUTER, rope="llama3"
+    ),
+    "SeedOssForCausalLM": Family(
+        "seed_oss",
+        (*SEED_NORMS, *_attention("attention_bias", "attention_out_bias"), *_mlp("mlp_bias")),
+        OUTER,
+        defaults={"attention_bias": True},
+    ),
+    "CohereForCausalLM": Family(
+        "command-r",
+        (*COHERE_NORMS, *_attention("attention_bias", "attention_bias"), *_no_bias(_mlp())),
+        (EMBEDDING, NORM),
+        defaults={"tie_word_embeddings": True},
+    ),
+    "NemotronForCausalLM": Family(
+        "nemotron",
+        _plus_one(*LAYER_NORMS, *_attention("attention_bias", "attention_bias"), *NO_GATE),
+        (*_plus_one(NORM), EMBEDDING, NORM_BIAS, HEAD),
+    ),
     "Qwen2ForCausalLM": Family("qwen2", QWEN2_LAYER, OUTER),
     "Qwen3ForCausalLM": Family("qwen3", (*QWEN3_LAYER, *_mlp()), OUTER),
     "Qwen2MoeForCausalLM": Family(
@@ -211,9 +270,13 @@ FAMILIES: dict[str, Family] = {
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3,
     "Phi3ForCausalLM": Family("phi3", PHI3_LAYER, OUTER, rope="longrope"),
+    "PhiForCausalLM": Family("phi2", PHI2_LAYER, PHI2_OUTER, refused=("qk_layernorm",)),
     "OlmoForCausalLM": Family("olmo", (*_no_bias(_attention("?", "?", True)), *_mlp()), (EMBEDDING, HEAD)),
     "Olmo2ForCausalLM": OLMO2,
     "Olmo3ForCausalLM": OLMO2,
+    "OlmoeForCausalLM": Family(
+        "olmoe", (*LLAMA_NORMS, *_no_bias(_attention("", "")), *WIDE_NORMS, *QWEN_EXPERTS[:4]), OUTER
+    ),
     "StableLmForCausalLM": Family(
         "stablelm",
         (*STABLE_NORMS, *_attention("use_qkv_bias", "?"), *_mlp()),

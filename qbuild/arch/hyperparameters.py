@@ -81,6 +81,17 @@ OWN["phi3"] = (
     ("rope_freq_base", "rope_theta"),
     ("sliding_window", "sliding_window"),
 )
+OWN["phi2"] = (
+    ("context_length", "max_position_embeddings"),
+    ("embedding_length", "hidden_size"),
+    ("feed_forward_length", "feed_forward_length"),
+    ("block_count", "num_hidden_layers"),
+    ("head_count", "num_attention_heads"),
+    ("head_count_kv", "num_attention_heads"),
+    ("layer_norm_eps", "layer_norm_eps"),
+    ("rope_dimension_count", "rope_dimension_count"),
+    ("add_bos_token", "add_bos_token"),
+)
 GRANITE = (
     ("attention_scale", "attention_multiplier"),
     ("embedding_scale", "embedding_multiplier"),
@@ -95,12 +106,12 @@ def parameters(arch: str, config: Values, folder: Path) -> tuple[Values, Values]
     if arch in OWN:
         derived = DERIVED[arch](config, rope) if arch in DERIVED else {}
         return _longrope(config, rope) if arch == "phi3" else {}, _own(OWN[arch], {**config, **derived})
-    if arch == "granite":
+    if arch in ("granite", "granitemoe"):
         config = {k: v for k, v in config.items() if k != "head_dim"}
     values = _common(config, rope)
     if arch in EXTRAS:
         values |= EXTRAS[arch](config, rope)
-    if arch in ("qwen2", "qwen3"):
+    if arch in ("qwen2", "qwen3", "arcee"):
         _refuse_other_uses(arch, config, folder)
     return {}, values
 
@@ -182,6 +193,40 @@ def _granite(config: Values, rope: Values) -> Values:
     return _llama(config, rope) | {name: config[key] for name, key in GRANITE if config.get(key)}
 
 
+def _granite_moe(config: Values, rope: Values) -> Values:
+    shared = config.get("shared_intermediate_size")
+    return _granite(config, rope) | ({"expert_shared_feed_forward_length": shared} if shared else {})
+
+
+def _command_r(config: Values, _: Values) -> Values:
+    import gguf
+
+    return {
+        "context_length": find(config, "model_max_length", "max_position_embeddings"),
+        "logit_scale": config["logit_scale"],
+        "rope_scaling_type": gguf.RopeScalingType.NONE,
+    }
+
+
+def _nemotron(config: Values, rope: Values) -> Values:
+    import gguf
+
+    values = {
+        "vocab_size": config["vocab_size"],
+        "layer_norm_eps": find(config, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+        "rope_dimension_count": _rotated(config, rope),
+    }
+    factor = config.get("factor") or rope.get("factor")
+    if factor is None:
+        return values | {"rope_scaling_type": gguf.RopeScalingType.NONE}
+    return values | {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": factor}
+
+
+def _rotated(config: Values, rope: Values) -> int:
+    """Rotated values of a head, as the converter cuts them: the product with the width is rounded down first."""
+    return int(rope["partial_rotary_factor"] * config["hidden_size"]) // int(config["num_attention_heads"])
+
+
 def _qwen_moe(config: Values, _: Values) -> Values:
     keys = (
         ("expert_feed_forward_length", "moe_intermediate_size"),
@@ -212,6 +257,10 @@ def _olmo(config: Values, _: Values) -> Values:
     return {"layer_norm_eps": 1e-5} | ({} if clamp is None else {"clamp_kqv": clamp})
 
 
+def _olmoe(_config: Values, _rope: Values) -> Values:
+    return {"layer_norm_rms_eps": 1e-5}
+
+
 def _olmo2(config: Values, _: Values) -> Values:
     """OLMo 3 has windows in three layers of four."""
     if "sliding_window" not in config:
@@ -239,6 +288,17 @@ def _gptneox(config: Values, rope: Values) -> Values:
 
 def _gemma(config: Values, _: Values) -> Values:
     return {"num_key_value_heads": config.get("num_key_value_heads", config["num_attention_heads"])}
+
+
+def _phi2(config: Values, rope: Values) -> Values:
+    """The converter takes four times the hidden size for granted, whatever intermediate_size says."""
+    return {
+        "max_position_embeddings": find(config, "n_positions", "max_position_embeddings"),
+        "feed_forward_length": 4 * config["hidden_size"],
+        "layer_norm_eps": find(config, "layer_norm_epsilon", "layer_norm_eps"),
+        "rope_dimension_count": _rotated(config, rope),
+        "add_bos_token": False,
+    }
 
 
 def _phi3(config: Values, rope: Values) -> Values:
@@ -271,17 +331,23 @@ EXTRAS: dict[str, Extra] = {
     "llama": _llama,
     "smollm3": _llama,
     "granite": _granite,
+    "granitemoe": _granite_moe,
+    "arcee": _llama,
+    "command-r": _command_r,
+    "nemotron": _nemotron,
     "qwen2moe": _qwen_moe,
     "qwen3moe": _qwen_moe,
     "gemma3": _gemma3,
     "olmo": _olmo,
     "olmo2": _olmo2,
+    "olmoe": _olmoe,
 }
 DERIVED: dict[str, Extra] = {
     "gemma": _gemma,
     "gemma2": _gemma,
     "stablelm": _stablelm,
     "gptneox": _gptneox,
+    "phi2": _phi2,
     "phi3": _phi3,
 }
 

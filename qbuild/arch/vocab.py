@@ -135,10 +135,17 @@ def _phi3(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return _written(tokens, folder)
 
 
+def _nemotron(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    return _sentencepiece_only(folder, config) | {"pad_token_id": 0, "unk_token_id": 1}
+
+
 TOKENIZERS: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
     "llama": _llama,
     "smollm3": _llama,
     "granite": _llama,
+    "granitemoe": _llama,
+    "arcee": _llama,
+    "nemotron": _nemotron,
     "qwen2": _sentencepiece_or_bpe,
     "qwen3": _sentencepiece_or_bpe,
     "gemma": _gemma,

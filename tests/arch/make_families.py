@@ -71,6 +71,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "GraniteForCausalLM", "granite", attention_multiplier=0.015625, embedding_multiplier=12.0,
         residual_multiplier=0.22, logits_scaling=8.0,
     ),
+    "granite-moe": bpe(
+        "GraniteMoeForCausalLM", "granitemoe", num_local_experts=4, num_experts_per_tok=2,
+        attention_multiplier=0.015625, embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=6.0,
+        tie_word_embeddings=True,
+    ),
+    "granite-moe-shared": bpe(
+        "GraniteMoeSharedForCausalLM", "granitemoeshared", num_local_experts=8, num_experts_per_tok=2,
+        shared_intermediate_size=96, attention_multiplier=0.015625,
+    ),
+    "arcee": bpe("ArceeForCausalLM", "arcee", head_dim=32, hidden_act="relu2"),
+    "seed-oss": bpe(
+        "SeedOssForCausalLM", "seed_oss", head_dim=64, attention_bias=True, attention_out_bias=False, mlp_bias=False
+    ),
+    "command-r": bpe(
+        "CohereForCausalLM", "cohere", logit_scale=0.0625, layer_norm_eps=1e-5, tie_word_embeddings=True,
+        model_max_length=131072,
+    ),
+    "command-r-plus": bpe(
+        "CohereForCausalLM", "cohere", logit_scale=0.8, layer_norm_eps=1e-5, tie_word_embeddings=True, use_qk_norm=True
+    ),
+    "nemotron": family(
+        "NemotronForCausalLM", "nemotron", norm_eps=1e-5, partial_rotary_factor=0.5, head_dim=64, hidden_act="relu2"
+    ),
+    "phi2": bpe(
+        "PhiForCausalLM", "phi", layer_norm_eps=1e-5, partial_rotary_factor=0.4, num_key_value_heads=4,
+        hidden_act="gelu_new",
+    ),
     "qwen2": bpe("Qwen2ForCausalLM", "qwen2", use_sliding_window=False, sliding_window=4096, max_window_layers=2),
     "qwen3": bpe("Qwen3ForCausalLM", "qwen3", head_dim=64, tie_word_embeddings=True),
     "qwen2moe": bpe("Qwen2MoeForCausalLM", "qwen2_moe", **MOE, shared_expert_intermediate_size=128),
@@ -103,6 +130,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olmo": bpe("OlmoForCausalLM", "olmo", clip_qkv=8.0),
     "olmo2": bpe("Olmo2ForCausalLM", "olmo2"),
     "olmo3": bpe("Olmo3ForCausalLM", "olmo3", sliding_window=512, num_hidden_layers=4),
+    "olmoe": bpe("OlmoeForCausalLM", "olmoe", num_experts=4, num_experts_per_tok=2),
     "stablelm": bpe("StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, partial_rotary_factor=0.25),
     "stablelm-parallel": bpe(
         "StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, partial_rotary_factor=0.25, use_parallel_residual=True,
