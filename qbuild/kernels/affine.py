@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qbuild.ggml import QTYPES
-from qbuild.kernels.search import byte, fit_affine, fit_positive, level_int, nearest_int, steps
+from qbuild.kernels.numerators import CODES, steps
+from qbuild.kernels.search import byte, fit_affine, fit_positive, level_int, nearest_int
 from qbuild.kernels.simd import (
     any_lane,
     fabs,
@@ -78,7 +79,7 @@ def quantize(name: str, source: np.ndarray, kind: int, out: np.ndarray, cols: in
     blocks = out.size // QTYPES[name].nbytes
     weights = np.empty(0, _U8) if imatrix is None else imatrix.view(_U8)
     tries = t.plain if imatrix is None else t.weighted
-    codes = steps(0, 0.1, (0, -4, -3, -2, -1, 1, 2, 3, 4), t.code_top)
+    codes = steps(0, 0.1, CODES, t.code_top)
     _quantize(source, kind, out, blocks, cols, weights, t.code, t.sub, t.top, t.code_top, tries, codes, t.sigma)
 
 

@@ -18,7 +18,8 @@ from numba.extending import intrinsic
 
 from qbuild.ggml import QTYPES
 from qbuild.kernels.grids import RUN, tables
-from qbuild.kernels.search import fit_positive, level_int, steps
+from qbuild.kernels.numerators import CODES, steps
+from qbuild.kernels.search import fit_positive, level_int
 from qbuild.kernels.simd import (
     fmax,
     inline,
@@ -102,7 +103,7 @@ def _group():
     )  # fmt: skip
 
 
-OFF = 1 << 16
+OFF = 1 << 16  # marks a code that was moved to a neighbour
 
 
 # ---- 16 candidates at a time
@@ -190,7 +191,7 @@ def quantize(name: str, source: np.ndarray, kind: int, out: np.ndarray, cols: in
     search = _quantize2 if pairs else _quantize3
     search(
         source, kind, out, blocks, cols, weights, f.weights, f.layout, _F32(f.tiny), _F32(f.sigma), _F32(f.factor),
-        f.redo, tries, steps(0, 0.1, (0, *range(-4, 0), *range(1, 5)), 4), t.place, t.runs, t.lists,
+        f.redo, tries, steps(0, 0.1, CODES, 4), t.place, t.runs, t.lists,
     )  # fmt: skip
 
 
@@ -206,7 +207,7 @@ def _quantize2(
             _weigh(imatrix, cols, first, tile, n, 0.25, k)
             _magnitudes(tile, n, layout != S, k, g)
             _fit(tile, n, 8, 2, layout == XXS, tiny, redo, tries, coarse, place, runs, lists, layout != S, k, g)
-        _scale(256 // n, factor, k)
+        block_scale(256 // n, 15, factor, k)
         for block in range(min(GROUP, blocks - first)):
             if layout == XXS:
                 _pack_iq2_xxs(out, (first + block) * 66, block, place, k, g)
@@ -226,7 +227,7 @@ def _quantize3(
             _weigh(imatrix, cols, first, tile, n, 0.0, k)
             _magnitudes(tile, n, layout != S, k, g)
             _fit(tile, n, 4, 3, False, tiny, redo, tries, coarse, place, runs, lists, layout != S, k, g)
-        _scale(256 // n, factor, k)
+        block_scale(256 // n, 15, factor, k)
         for block in range(min(GROUP, blocks - first)):
             if layout == XXS:
                 _pack_iq3_xxs(out, (first + block) * 98, block, place, k, g)
@@ -396,52 +397,55 @@ def _move(scale, n, per, width, place, runs, lists, g):
         at = g.off[o]
         lane, code = at % WIDTH, g.codes[at]
         begin = RUN * np.int64(~place[code])
-        row = lane * n + at // WIDTH * per
-        g.codes[at] = OFF | lists[begin + _neighbour(lists, begin, runs[code], per, width, g.scale[lane], row, g)]
+        levels, row = g.scale[lane] * load(g.ladder, 0, RUN), lane * n + at // WIDTH * per
+        found = neighbour(lists, begin, runs[code], per, width, levels, g.v_rows, g.root_rows, row)
+        g.codes[at] = OFF | lists[begin + found]
 
 
 @inline
-def _neighbour(lists, begin, runs, per, width, scale, row, g):
-    """Which candidate has the least sum of (root * d) * d, d = scale * q - v: the first of equals."""
+def neighbour(lists, begin, runs, per, width, levels, values, weights, row):
+    """Which candidate has the least sum of (weight * d) * d, d = level - value: the first of equals.
+
+    ``levels``: what the low bits of a code stand for; ``values`` and ``weights`` of the code start at ``row``.
+    """
     index = to(load(lists, begin, RUN), _I32)
-    least = _errors(index, per, width, scale, row, g)
+    least = _errors(index, per, width, levels, values, weights, row)
     if runs == 1:
         return first_least(least)
     where = zeros(index, _I32)
     for r in range(1, runs):
         index = to(load(lists, begin + r * RUN, RUN), _I32)
-        errors = _errors(index, per, width, scale, row, g)
+        errors = _errors(index, per, width, levels, values, weights, row)
         less = errors < least
         least, where = select(less, errors, least), select(less, r, where)
     return first_least_of(least, where)
 
 
 @inline
-def _errors(index, per, width, scale, row, g):
+def _errors(index, per, width, levels, values, weights, row):
     """Errors of 16 codes: that of a weight is looked up by its level, the low bits of a shifted code."""
-    level = scale * load(g.ladder, 0, RUN)
     total = splat(0.0, RUN)
     for i in range(per):
-        d = level - g.v_rows[row + i]
-        table = g.root_rows[row + i] * d * d
+        d = levels - values[row + i]
+        table = weights[row + i] * d * d
         part = lookup(table, index >> (width * i), 2) if width == 2 else lookup(table, index >> (width * i), 3)
         total = part if i == 0 else total + part
     return total
 
 
 @inline
-def _scale(subs, factor, k):
-    """Block scale and 4-bit codes of the group scales, a super-block per lane."""
+def block_scale(subs, top, factor, k):
+    """Block scale, stored times ``factor``, and codes 0..top of the group scales; a super-block per lane."""
     zero = splat(0.0, GROUP)
     by_block(0, subs, k)
     most = zero
     for j in range(subs):
         most = fmax(most, load(k.columns, j * GROUP, zero))
     dead = most == 0.0
-    d = most / 31.0
+    d = most / _F32(2 * top + 1)
     inverse = 1.0 / d
     for j in range(subs):
-        l = level_int(0.5 * (inverse * load(k.columns, j * GROUP, zero) - 1.0), 0.0, 15.0)
+        l = level_int(0.5 * (inverse * load(k.columns, j * GROUP, zero) - 1.0), 0.0, _F32(top))
         store(k.codes, j * GROUP, select(dead, 0, l))
     store(k.halves, 0, select(dead, 0, to_half(d * factor)))
     store(k.scales, 0, most)

@@ -12,16 +12,25 @@ from typing import NamedTuple
 import numpy as np
 
 from qbuild.ggml import QTYPES
-from qbuild.kernels.search import extreme_of, fit_affine, fit_scale, level_int, signed_byte, steps, sum_of_squares
+from qbuild.kernels.numerators import SYMMETRIC, steps
+from qbuild.kernels.search import (
+    extreme_of,
+    fit_affine,
+    fit_scale,
+    inverse_of,
+    largest_of,
+    level_int,
+    roundf,
+    signed_byte,
+    sum_of_squares,
+)
 from qbuild.kernels.simd import (
-    fabs,
     fmax,
     fmin,
     host_lanes,
     inline,
     kernel,
     load,
-    load_columns,
     scratch,
     select,
     splat,
@@ -33,7 +42,7 @@ from qbuild.kernels.simd import (
     transpose,
     zeros,
 )
-from qbuild.kernels.superblock import put_half
+from qbuild.kernels.superblock import load_runs, put_half
 
 WIDTH = host_lanes()
 _U8, _I32, _F32 = np.uint8, np.int32, np.float32
@@ -81,7 +90,7 @@ def quantize(name: str, source: np.ndarray, kind: int, out: np.ndarray, cols: in
             source, kind, out, blocks, nbytes, cols, imatrix.view(_U8), t.top, True, steps(-0.9, 0.05, range(37), t.top)
         )
     else:
-        tries = -steps(0, 0.1, (0, *range(-9, 0), *range(1, 10)), (t.top + 1) // 2)
+        tries = -steps(0, 0.1, SYMMETRIC, (t.top + 1) // 2)
         _fit(source, kind, out, blocks, nbytes, cols, imatrix.view(_U8), t.top, False, tries)
 
 
@@ -94,20 +103,11 @@ def _work():
     )  # fmt: skip
 
 
-@inline
-def _load_tile(source, kind, first, end, wrap, target, k):
-    """The weights of WIDTH blocks from ``first`` on, the last one repeated; ``wrap``: weights to a row, or to all."""
-    for at in range(0, WIDTH, 16):
-        for j in range(16):
-            k.starts[j] = min(first + at + j, end - 1) * 32 % wrap
-        load_columns(source, kind, k.starts, 32, target[at:], WIDTH, k.page)
-
-
 @kernel
 def _round(source, kind, out, blocks, nbytes, top, minimum):
     k, zero = _work(), splat(0.0, WIDTH)
     for first in range(0, blocks, WIDTH):
-        _load_tile(source, kind, first, blocks, blocks * 32, k.x, k)
+        load_runs(source, kind, first, blocks, 32, blocks * 32, WIDTH, k.x, k)
         if top == 255:
             _round_q8(k, zero)
         elif minimum:
@@ -118,23 +118,12 @@ def _round(source, kind, out, blocks, nbytes, top, minimum):
 
 
 @inline
-def _inverse(d):
-    return select(d != 0.0, 1.0 / d, 0.0)
-
-
-@inline
 def _round_q8(k, zero):
-    """Half away from zero, as C's roundf; the constant is the float32 below one half."""
-    largest = zero
-    for i in range(32):
-        largest = fmax(largest, fabs(load(k.x, i * WIDTH, zero)))
-    d = largest / 127.0
-    inverse = _inverse(d)
+    d = largest_of(k.x, 32, zero) / 127.0
+    inverse = inverse_of(d)
     store(k.head, 0, to_half(d))
     for i in range(32):
-        v = load(k.x, i * WIDTH, zero) * inverse
-        l = to(fabs(v) + 0.49999997, _I32)
-        store(k.rows, i * WIDTH, to(select(v < 0.0, 0 - l, l), _U8))
+        store(k.rows, i * WIDTH, to(roundf(load(k.x, i * WIDTH, zero) * inverse), _U8))
 
 
 @inline
@@ -142,7 +131,7 @@ def _round_signed(top, k, zero):
     extreme, _ = extreme_of(k.x, 32, zero)
     half = (top + 1) // 2
     d = extreme / -half
-    inverse = _inverse(d)
+    inverse = inverse_of(d)
     store(k.head, 0, to_half(d))
     _round_levels(zero, inverse, half + 0.5, top, k, zero)
 
@@ -156,7 +145,7 @@ def _round_range(top, k, zero):
     d = (high - low) / top
     store(k.head, 0, to_half(d))
     store(k.head, WIDTH, to_half(low))
-    _round_levels(low, _inverse(d), 0.5, top, k, zero)
+    _round_levels(low, inverse_of(d), 0.5, top, k, zero)
 
 
 @inline
@@ -176,8 +165,8 @@ def _fit(source, kind, out, blocks, nbytes, cols, imatrix, top, minimum, tries):
         end = min(band + 16 * per_row, blocks)
         _load_sums(source, kind, band, blocks, cols, sums, k)
         for first in range(band, end, WIDTH):
-            _load_tile(source, kind, first, blocks, blocks * 32, k.x, k)
-            _load_tile(imatrix, 0, first, blocks, cols, k.w, k)
+            load_runs(source, kind, first, blocks, 32, blocks * 32, WIDTH, k.x, k)
+            load_runs(imatrix, 0, first, blocks, 32, cols, WIDTH, k.w, k)
             for j in range(WIDTH):
                 k.sigma2[j] = sums[min(15, (first + j - band) // per_row)]
             _weigh(k, zero)

@@ -10,10 +10,10 @@ from functools import cache
 
 import numpy as np
 
+from qbuild.kernels.search import largest_of
 from qbuild.kernels.simd import (
     bits,
     fabs,
-    fmax,
     fmin,
     gather,
     inline,
@@ -59,9 +59,7 @@ def _quantize(source, kind, out, runs, sub, limits):
     half = sub // 2
     for first in range(0, runs, WIDTH):
         load_runs(source, kind, first, runs, sub, runs * sub, WIDTH, k.x, k)
-        largest = zero
-        for i in range(sub):
-            largest = fmax(largest, fabs(load(k.x, i * WIDTH, zero)))
+        largest = largest_of(k.x, sub, zero)
         if sub == 32:
             code, d = _power(largest, limits)
         else:

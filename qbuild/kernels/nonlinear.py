@@ -9,21 +9,21 @@ from __future__ import annotations
 import numpy as np
 
 from qbuild.ggml import QTYPES
-from qbuild.kernels.search import TINY, extreme_of, nearest_int, steps
+from qbuild.kernels.numerators import steps
+from qbuild.kernels.search import TINY, extreme_of, inverse_of, nearest_int
 from qbuild.kernels.simd import (
     inline,
     kernel,
     load,
     select,
     splat,
-    sqrt,
     store,
     to,
     to_half,
     transpose,
     zeros,
 )
-from qbuild.kernels.superblock import GROUP, WIDTH, by_block, load_runs, load_sigma2, put_half, work
+from qbuild.kernels.superblock import GROUP, WIDTH, by_block, load_runs, load_sigma2, put_half, weigh, work
 
 _U8, _I32, _F32 = np.uint8, np.int32, np.float32
 SUB, PER_BLOCK = 32, 8
@@ -61,7 +61,7 @@ def _quantize(source, kind, out, runs, cols, imatrix, coded, tries):
             _codes(k)
         for tile in range(tiles):
             if not coded:
-                store(k.d, tile * WIDTH, _inverse(load(k.fits, tile * WIDTH, zero)))
+                store(k.d, tile * WIDTH, inverse_of(load(k.fits, tile * WIDTH, zero)))
             _levels(tile, k, zero)
         if coded:
             _put_super_blocks(out, first // PER_BLOCK, live // PER_BLOCK, k)
@@ -81,9 +81,8 @@ def _weigh(tile, weighted, coded, k, zero):
                 v = load(k.x, (tile * SUB + i) * WIDTH, zero)
                 sigma2 += v * v
             sigma2 = sigma2 * 0.0625
-        for i in range(SUB):
-            v = load(k.x, (tile * SUB + i) * WIDTH, zero)
-            store(k.w, i * WIDTH, load(k.w, i * WIDTH, zero) * sqrt(sigma2 + v * v))
+        store(k.d, tile * WIDTH, sigma2)
+        weigh(tile, SUB, k)
     else:
         for i in range(SUB):
             v = load(k.x, (tile * SUB + i) * WIDTH, zero)
@@ -121,24 +120,19 @@ def _sums(x, w, inverse, zero):
 
 
 @inline
-def _inverse(d):
-    return select(d == 0.0, 0.0, 1.0 / d)
-
-
-@inline
 def _codes(k):
     """Codes -32..31 of 16 super-blocks, by the first scale of largest magnitude; what a code stands for is inverted."""
     zero = splat(0.0, GROUP)
     by_block(0, PER_BLOCK, k)
     extreme, _ = extreme_of(k.columns, PER_BLOCK, zero)
     d = -extreme / 32.0
-    inverse = _inverse(d)
+    inverse = inverse_of(d)
     store(k.halves, 0, to_half(d))
     for j in range(PER_BLOCK):
         l = nearest_int(inverse * load(k.columns, j * GROUP, zero))
         l = select(l < 31, select(l > -32, l, -32), 31)
         store(k.codes, j * GROUP, l + 32)
-        store(k.columns, j * GROUP, _inverse(d * to(l, _F32)))
+        store(k.columns, j * GROUP, inverse_of(d * to(l, _F32)))
     for block in range(GROUP):
         for j in range(PER_BLOCK):
             k.d[block * PER_BLOCK + j] = k.columns[j * GROUP + block]

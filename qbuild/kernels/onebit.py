@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from qbuild.kernels.search import largest_of, roundf
 from qbuild.kernels.simd import (
     fabs,
-    fmax,
     inline,
     kernel,
     load,
@@ -64,16 +64,12 @@ def _signs(k, zero):
 @inline
 def _pairs(k, zero):
     """Levels by C's roundf; an infinite inverse makes all of them the lowest, as x86 converts what is no int."""
-    largest = zero
-    for i in range(64):
-        largest = fmax(largest, fabs(load(k.x, i * GROUP, zero)))
+    largest = largest_of(k.x, 64, zero)
     inverse = select(largest > 0.0, 1.0 / largest, 0.0)
     store(k.codes, 0, to_half(largest))
     for byte in range(16):
         q = zeros(zero, _I32)
         for pair in range(4):
-            v = load(k.x, (4 * byte + pair) * GROUP, zero) * inverse
-            l = to(fabs(v) + 0.49999997, _I32)
-            l = select(v < 0.0, 0 - l, l) + 1
+            l = roundf(load(k.x, (4 * byte + pair) * GROUP, zero) * inverse) + 1
             q |= select(l < 0, 0, select(l < 3, l, 3)) << (2 * pair)
         store(k.rows, byte * GROUP, to(q, _U8))

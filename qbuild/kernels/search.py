@@ -10,8 +10,6 @@ minimum) they were made with, and levels are made again for the rare lane that k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from qbuild.kernels.simd import (
@@ -38,11 +36,6 @@ MAGIC_BITS = 0x4B400000
 TINY = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: a block whose largest weight is below it is all zero
 
 
-def steps(first: float, delta: float, tries: Sequence[int], top: int) -> np.ndarray:
-    """The numerators of a search's inverse scales, in C's float32 arithmetic: (first + delta * s) + top."""
-    return np.float32(first) + np.float32(delta) * np.array(tries, _F32) + np.float32(top)
-
-
 # ---- rounding
 
 
@@ -66,6 +59,18 @@ def level(v, low, high):
 @inline
 def level_int(v, low, high):
     return bits(fmin(fmax(nearest(v), splat(MAGIC + low, v)), splat(MAGIC + high, v)), _I32) - MAGIC_BITS
+
+
+@inline
+def roundf(v):
+    """C's roundf, as int32: half away from zero; the constant is the float32 below one half."""
+    l = to(fabs(v) + 0.49999997, _I32)
+    return select(v < 0.0, 0 - l, l)
+
+
+@inline
+def inverse_of(d):
+    return select(d == 0.0, 0.0, 1.0 / d)
 
 
 @inline
@@ -175,6 +180,15 @@ def extreme_of(x, n, zero):
         more = a > largest
         extreme, largest = select(more, v, extreme), select(more, a, largest)
     return extreme, largest
+
+
+@inline
+def largest_of(x, n, zero):
+    """The largest magnitude of n weights."""
+    width, largest = lanes(zero), zero
+    for i in range(n):
+        largest = fmax(largest, fabs(load(x, i * width, zero)))
+    return largest
 
 
 @inline

@@ -13,12 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from qbuild.ggml import QTYPES
-from qbuild.kernels.grid import first_least, first_least_of, lookup
+from qbuild.kernels.grid import OFF, block_scale, neighbour
 from qbuild.kernels.grids import RUN, tables
-from qbuild.kernels.search import level_int
+from qbuild.kernels.search import largest_of
 from qbuild.kernels.simd import (
-    fabs,
-    fmax,
     inline,
     kernel,
     load,
@@ -35,7 +33,6 @@ from qbuild.kernels.superblock import (
     GROUP,
     SUBS,
     WIDTH,
-    by_block,
     load_group,
     load_importance,
     load_sigma2,
@@ -47,7 +44,6 @@ from qbuild.kernels.superblock import (
 _U8, _I32, _F32 = np.uint8, np.int32, np.float32
 _MOVE = _F32(0.125)
 _LEAST = -np.finfo(np.float32).max
-_OFF = 1 << 16  # marks a code that was moved to a neighbour
 _TINY = {"IQ1_S": 1e-12, "IQ1_M": 1e-7}  # a group whose largest magnitude is below is all zero
 
 
@@ -100,7 +96,7 @@ def _quantize_s(source, kind, out, blocks, cols, imatrix, tiny, place, runs, lis
             _sort(tile, 32, 1, k, g)
             scale, found = _split_group(g)
             _fit(tile, 32, scale, found, tiny, place, runs, lists, k, g)
-        _scale(8, k)
+        block_scale(8, 7, _F32(1.125), k)
         for block in range(min(GROUP, blocks - first)):
             _pack_s(out, (first + block) * 50, block, place, k, g)
 
@@ -117,7 +113,7 @@ def _quantize_m(source, kind, out, blocks, cols, imatrix, tiny, place, runs, lis
             _sort(tile, 16, 2, k, g)
             scale, found = _split_halves(g)
             _fit(tile, 16, scale, found, tiny, place, runs, lists, k, g)
-        _scale(16, k)
+        block_scale(16, 7, _F32(1.125), k)
         for block in range(min(GROUP, blocks - first)):
             _pack_m(out, (first + block) * 56, block, place, k, g)
 
@@ -239,9 +235,7 @@ def _split_halves(g):
 def _fit(tile, n, scale, found, tiny, place, runs, lists, k, g):
     """Scales, moves and grid points of a tile's groups from their splits."""
     zero = splat(0.0, WIDTH)
-    most = fabs(load(k.x, tile * n * WIDTH, zero))
-    for i in range(1, n):
-        most = fmax(most, fabs(load(k.x, (tile * n + i) * WIDTH, zero)))
+    most = largest_of(k.x[tile * n * WIDTH :], n, zero)
     empty, flip = (found < 0) | (most < tiny), scale < 0.0
     minus = (found >> 16) ^ select(flip, zeros(found, _I32) + (3 if n == 16 else 1), 0)
     minus = select(empty, 0, minus)
@@ -276,33 +270,9 @@ def _move(scale, n, place, runs, lists, g):
         at = g.off[o]
         lane, code = at % WIDTH, g.codes[at]
         begin = RUN * np.int64(~place[code])
-        levels = g.scale[lane] * (load(g.ladder, 0, RUN) + g.moves[at])
-        g.codes[at] = _OFF | lists[begin + _neighbour(lists, begin, runs[code], levels, lane * n + at // WIDTH * 8, g)]
-
-
-@inline
-def _neighbour(lists, begin, runs, levels, row, g):
-    """Which candidate has the least sum of (w * d) * d, d = scale * q - x: the first of equals."""
-    index = to(load(lists, begin, RUN), _I32)
-    least = _errors(index, levels, row, g)
-    where = zeros(index, _I32)
-    if runs == 1:
-        return first_least(least)
-    for r in range(1, runs):
-        index = to(load(lists, begin + r * RUN, RUN), _I32)
-        errors = _errors(index, levels, row, g)
-        less = errors < least
-        least, where = select(less, errors, least), select(less, r, where)
-    return first_least_of(least, where)
-
-
-@inline
-def _errors(index, levels, row, g):
-    total = splat(0.0, RUN)
-    for i in range(8):
-        d = levels - g.x_rows[row + i]
-        total += lookup(g.w_rows[row + i] * d * d, index >> (2 * i), 2)
-    return total
+        levels, row = g.scale[lane] * (load(g.ladder, 0, RUN) + g.moves[at]), lane * n + at // WIDTH * 8
+        found = neighbour(lists, begin, runs[code], 8, 2, levels, g.x_rows, g.w_rows, row)
+        g.codes[at] = OFF | lists[begin + found]
 
 
 @inline
@@ -319,25 +289,7 @@ def _refit(tile, n, scale, k, g):
             wq = load(k.w, at * WIDTH, zero) * q
             sum_qx += wq * load(k.x, (tile * n + at) * WIDTH, zero)
             sum_q2 += wq * q
-    return select((off >= _OFF) & (sum_qx > 0.0) & (sum_q2 > 0.0), sum_qx / sum_q2, scale)
-
-
-@inline
-def _scale(subs, k):
-    """Block scale and 3-bit codes of the group scales, a super-block per lane."""
-    zero = splat(0.0, GROUP)
-    by_block(0, subs, k)
-    most = zero
-    for j in range(subs):
-        most = fmax(most, load(k.columns, j * GROUP, zero))
-    dead = most == 0.0
-    d = most / 15.0
-    inverse = 1.0 / d
-    for j in range(subs):
-        l = level_int(0.5 * (inverse * load(k.columns, j * GROUP, zero) - 1.0), 0.0, 7.0)
-        store(k.codes, j * GROUP, select(dead, 0, l))
-    store(k.halves, 0, select(dead, 0, to_half(d * _F32(1.125))))
-    store(k.scales, 0, most)
+    return select((off >= OFF) & (sum_qx > 0.0) & (sum_q2 > 0.0), sum_qx / sum_q2, scale)
 
 
 @inline

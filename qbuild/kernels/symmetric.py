@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from qbuild.ggml import QTYPES
+from qbuild.kernels.numerators import SYMMETRIC, steps
 from qbuild.kernels.search import (
     TINY,
     extreme_of,
@@ -16,7 +17,6 @@ from qbuild.kernels.search import (
     level_int,
     nearest_int,
     signed_byte,
-    steps,
 )
 from qbuild.kernels.simd import any_lane, from_half, inline, kernel, load, select, splat, store, to, to_half
 from qbuild.kernels.superblock import (
@@ -46,9 +46,8 @@ def quantize(name: str, source: np.ndarray, kind: int, out: np.ndarray, cols: in
     """Quantize the super-blocks of ``source`` (its bytes, flat) into ``out`` (flat). ``imatrix``: float32 [cols]."""
     blocks = out.size // QTYPES[name].nbytes
     weights = np.empty(0, _U8) if imatrix is None else imatrix.view(_U8)
-    tries = (0, *range(-9, 0), *range(1, 10))
     q3 = name == "Q3_K"
-    fine, coarse = -steps(0, 0.1, tries, 4 if q3 else 32), -steps(0, 0.1, tries, 32)
+    fine, coarse = -steps(0, 0.1, SYMMETRIC, 4 if q3 else 32), -steps(0, 0.1, SYMMETRIC, 32)
     _quantize(source, kind, out, blocks, cols, weights, q3, 4 if q3 else 32, fine, coarse)
 
 

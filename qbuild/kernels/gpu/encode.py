@@ -7,6 +7,7 @@ threads overlap what goes up, what is computed and what comes down.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from qbuild.ggml import QTYPES
 from qbuild.kernels.gpu import blocks as k
+from qbuild.kernels.numerators import CODES, SYMMETRIC, steps
 
 __all__ = ["TYPES", "Stream", "footprint", "pin", "quantize", "workspace"]
 
@@ -94,20 +96,20 @@ def footprint(name: str, weights: int, cols: int, source_bytes: int = 4) -> int:
     return workspace(name, weights) + weights * source_bytes + out + 4 * cols
 
 
-def _steps(first: float, delta: float, tries: Any, top: int) -> np.ndarray:
-    return np.float32(first) + np.float32(delta) * np.array(tries, np.float32) + np.float32(top)
-
-
-_SYMMETRIC = (0, *range(-9, 0), *range(1, 10))
-
-
 def _numerators(t: Type, weighted: bool) -> tuple[np.ndarray, np.ndarray]:
     """Of the search, and of that for the codes of a block."""
     if not t.minimum:
         half = (t.top + 1) // 2 if t.legacy else t.top
-        return -_steps(0, 0.1, _SYMMETRIC, half), -_steps(0, 0.1, _SYMMETRIC, 32)
-    codes = _steps(0, 0.1, (0, -4, -3, -2, -1, 1, 2, 3, 4), 15 if t.sub == 16 else 63)
-    return _steps(-0.9, 0.05, range(37), t.top) if weighted else _steps(t.first, 0.1, range(t.tries), t.top), codes
+        return -steps(0, 0.1, SYMMETRIC, half), -steps(0, 0.1, SYMMETRIC, 32)
+    codes = steps(0, 0.1, CODES, 15 if t.sub == 16 else 63)
+    return steps(-0.9, 0.05, range(37), t.top) if weighted else steps(t.first, 0.1, range(t.tries), t.top), codes
+
+
+@cache
+def _on_device(t: Type, weighted: bool, device: Any) -> tuple[Any, Any]:
+    """The numerators in device memory, copied once."""
+    search, codes = (torch.from_numpy(a).to(device) for a in _numerators(t, weighted))
+    return search, codes
 
 
 def _grid(n: int) -> tuple[int]:
@@ -142,7 +144,7 @@ class _Job:
             )
             self.pack("q8" if t.top == 255 else "round" if t.minimum else "round_signed", t.top)
             return
-        search, codes = (torch.from_numpy(a).to(self.source.device) for a in _numerators(t, weighted))
+        search, codes = _on_device(t, weighted, self.source.device)
         self.weigh(weighted)
         if t.minimum:
             self.search_affine(search, codes, weighted)
