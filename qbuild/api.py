@@ -1,9 +1,9 @@
 """qbuild from Python: the command line's engine for notebooks and scripts.
 
-import qbuild
+    result = qbuild.build(qbuild.configure("model.source=./my-model", "target=gguf/q4_k_m"))
+    result.targets["q4_k_m"].path
 
-result = qbuild.build(qbuild.configure("model.source=./my-model", "target=gguf/q4_k_m"))
-result.targets["q4_k_m"].path
+``configure`` takes the words of a command line, ``build`` what it gives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Result", "TargetResult", "build", "configure"]
 
 @dataclass(frozen=True)
 class TargetResult:
-    """One output. ``peak_ram`` and ``predicted_ram`` are bytes, 0 where nothing had to run."""
+    """One output, as in ``build.json``. ``peak_ram``, ``predicted_ram``: bytes, 0 where nothing had to run."""
 
     path: Path
     digest: str
@@ -60,18 +60,7 @@ def build(config: schema.Config | Mapping[str, Any], *, quiet: bool = False) -> 
     """
     settings = config if isinstance(config, schema.Config) else schema.parse(config)
     document = execute.build(settings, progress.sink(sys.stderr, quiet=quiet))
-    targets = {name: _target(made) for name, made in document["targets"].items()}
+    targets = {
+        name: TargetResult(**(made | {"path": Path(made["path"])})) for name, made in document["targets"].items()
+    }
     return Result(targets, document)
-
-
-def _target(made: Mapping[str, Any]) -> TargetResult:
-    return TargetResult(
-        Path(made["path"]),
-        made["digest"],
-        made["bytes"],
-        made["bits_per_weight"],
-        dict(made["verdicts"]),
-        made["seconds"],
-        made["peak_ram"],
-        made["predicted_ram"],
-    )

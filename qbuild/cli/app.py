@@ -158,29 +158,23 @@ def _multirun(composer: Composer, runner: Runner) -> Outcome:
             sys.stdout.write(f"{' '.join(words)}\n")
             _print(outcome, json_wanted=False)
         return _launched(launched)
-    todo = deque(_builds(jobs, VERBS[runner.verb].merges))
+    todo = deque(sweep.builds([job.config for job in jobs], together=VERBS[runner.verb].merges))
     ended: list[tuple[sweep.Build, Outcome]] = []
     while todo:
         build = todo.popleft()
         outcome = _one(build, jobs, runner)
+        place = outcome.document.get("error", {}).get("place", "")
         goes_on = build.config.keep_going and outcome.code != Interrupted.exit_code
         if "error" in outcome.document and goes_on and len(build.members) > 1:
             # What it finished is stored: nothing is made twice.
-            failed, again = sweep.apart(build, outcome.document["error"].get("place", ""))
+            failed, again = sweep.apart(build, place)
             todo.extendleft(reversed(again))
             ended += [(failed, outcome)] if failed else []
             continue
-        ended.append((build, outcome))
+        ended.append((sweep.only(build, sweep.failing(build, place)), outcome))
         if outcome.code and not goes_on:
             break
     return _merged(ended, jobs)
-
-
-def _builds(jobs: list[Job], merges: bool) -> list[sweep.Build]:
-    configs = [job.config for job in jobs]
-    if merges:
-        return sweep.merge(configs)
-    return [sweep.Build(c, (sweep.Member(n, {name: name for name in c.targets}),)) for n, c in enumerate(configs)]
 
 
 def _one(build: sweep.Build, jobs: list[Job], runner: Runner) -> Outcome:
@@ -196,33 +190,32 @@ def _one(build: sweep.Build, jobs: list[Job], runner: Runner) -> Outcome:
 
 
 def _merged(ended: list[tuple[sweep.Build, Outcome]], jobs: list[Job]) -> Outcome:
-    """Builds of a sweep as one outcome, by job; the exit code is that of the first failure."""
+    """Builds of a sweep as one outcome, by job."""
     found: dict[int, dict[str, Any]] = {}
     for number, (build, outcome) in enumerate(ended):
-        failed = "error" in outcome.document
-        place = outcome.document["error"].get("place", "") if failed else ""
-        for member in sweep.failing(build, place):
-            job: dict[str, Any] = {"overrides": list(jobs[member.number].overrides), "exit_code": outcome.code}
-            if failed:
-                found[member.number] = job | dict(outcome.document)
-            elif "targets" in outcome.document:
-                found[member.number] = job | {"build": number, "result": sweep.share(member, outcome.document)}
-            else:
-                found[member.number] = job | {"build": number, "result": dict(outcome.document)}
-    code = next((outcome.code for _, outcome in ended if outcome.code), 0)
-    documents = [dict(outcome.document) for _, outcome in ended]
-    return Outcome({"jobs": [found[n] for n in sorted(found)], "builds": documents}, "", code)
+        for member in build.members:
+            part: Mapping[str, Any] = outcome.document
+            if "error" not in part:
+                part = {"build": number, "result": sweep.share(member, part)}
+            found[member.number] = _entry(jobs[member.number].overrides, outcome, part)
+    outcomes = [outcome for _, outcome in ended]
+    documents = [dict(outcome.document) for outcome in outcomes]
+    return Outcome({"jobs": [found[n] for n in sorted(found)], "builds": documents}, "", _first_failure(outcomes))
 
 
 def _launched(done: list[tuple[tuple[str, ...], Outcome]]) -> Outcome:
-    """Outcomes that a launcher brought back, as one: the exit code is that of the first failure."""
-    jobs = [{"overrides": list(words), "exit_code": o.code, **_member(o)} for words, o in done]
-    code = next((outcome.code for _, outcome in done if outcome.code), 0)
-    return Outcome({"jobs": jobs}, "", code)
+    """Outcomes that a launcher brought back, as one."""
+    jobs = [_entry(words, o, o.document if "error" in o.document else {"result": o.document}) for words, o in done]
+    return Outcome({"jobs": jobs}, "", _first_failure([outcome for _, outcome in done]))
 
 
-def _member(outcome: Outcome) -> dict[str, Any]:
-    return dict(outcome.document) if "error" in outcome.document else {"result": outcome.document}
+def _entry(overrides: tuple[str, ...], outcome: Outcome, part: Mapping[str, Any]) -> dict[str, Any]:
+    """A job of a sweep in its document: how it ended, and its result or error."""
+    return {"overrides": list(overrides), "exit_code": outcome.code, **part}
+
+
+def _first_failure(outcomes: list[Outcome]) -> int:
+    return next((outcome.code for outcome in outcomes if outcome.code), 0)
 
 
 def _record(

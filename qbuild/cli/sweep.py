@@ -15,7 +15,7 @@ from typing import Any
 from qbuild import schema
 from qbuild.schema import Config, Target
 
-__all__ = ["Build", "Member", "apart", "failing", "merge", "only", "share"]
+__all__ = ["Build", "Member", "apart", "builds", "failing", "only", "share"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Build:
     members: tuple[Member, ...]
 
 
-def merge(configs: Sequence[Config]) -> list[Build]:
-    """As few builds as the jobs allow, in the order of their first jobs."""
+def builds(configs: Sequence[Config], *, together: bool) -> list[Build]:
+    """A build for each job or, ``together``, as few as the jobs allow, in the order of their first jobs."""
     groups: dict[str, list[int]] = {}
     for number, config in enumerate(configs):
-        groups.setdefault(repr(dataclasses.replace(config, targets={})), []).append(number)
+        alike = repr(dataclasses.replace(config, targets={})) if together else str(number)
+        groups.setdefault(alike, []).append(number)
     return [_merged(configs, numbers) for numbers in groups.values()]
 
 
@@ -94,7 +95,9 @@ def apart(build: Build, place: str) -> tuple[Build | None, list[Build]]:
 
 
 def share(member: Member, document: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's part of the document of its build, under the job's own names."""
+    """A job's part of the document of its build, under the job's own names; all of one that knows no targets."""
+    if "targets" not in document:
+        return dict(document)
     return {"targets": {name: document["targets"][own] for name, own in member.targets.items()}}
 
 
