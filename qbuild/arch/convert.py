@@ -107,6 +107,11 @@ def find(config: Mapping[str, Any], *names: str) -> Any:
     return next((config[name] for name in names if name in config), None)
 
 
+def rotated(config: Mapping[str, Any], part: float) -> int:
+    """Rotated values of a head, as the converter cuts them: the product with the width is rounded down first."""
+    return int(part * config["hidden_size"]) // int(config["num_attention_heads"])
+
+
 SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
 
 
@@ -353,10 +358,10 @@ def _rope_tensors(rules: Family, config: Mapping[str, Any], place: str) -> list[
         return [_generated("rope_freqs.weight", _llama3_factors(config, rope))]
     if rules.rope == "longrope" and rope.get("long_factor"):
         factors = {n: np.array(rope[f"{n}_factor"], np.float32) for n in ("long", "short")}
-        rotated = int(rope.get("partial_rotary_factor", 1.0) * config["hidden_size"]) // config["num_attention_heads"]
-        if {len(f) for f in factors.values()} != {rotated // 2}:
+        pairs = rotated(config, rope.get("partial_rotary_factor", 1.0)) // 2
+        if {len(f) for f in factors.values()} != {pairs}:
             lengths = " and ".join(str(len(f)) for f in factors.values())
-            fact = f"rope_scaling has {lengths} factors, the heads need {rotated // 2}"
+            fact = f"rope_scaling has {lengths} factors, the heads need {pairs}"
             raise InputError(place, fact, "fetch config.json again")
         return [_generated(f"rope_factors_{n}.weight", f) for n, f in factors.items()]
     return []

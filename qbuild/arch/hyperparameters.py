@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qbuild.arch.convert import find
+from qbuild.arch.convert import find, rotated
 from qbuild.errors import InputError
 
 __all__ = ["parameters"]
@@ -214,17 +214,12 @@ def _nemotron(config: Values, rope: Values) -> Values:
     values = {
         "vocab_size": config["vocab_size"],
         "layer_norm_eps": find(config, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
-        "rope_dimension_count": _rotated(config, rope),
+        "rope_dimension_count": rotated(config, rope["partial_rotary_factor"]),
     }
     factor = config.get("factor") or rope.get("factor")
     if factor is None:
         return values | {"rope_scaling_type": gguf.RopeScalingType.NONE}
     return values | {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": factor}
-
-
-def _rotated(config: Values, rope: Values) -> int:
-    """Rotated values of a head, as the converter cuts them: the product with the width is rounded down first."""
-    return int(rope["partial_rotary_factor"] * config["hidden_size"]) // int(config["num_attention_heads"])
 
 
 def _qwen_moe(config: Values, _: Values) -> Values:
@@ -270,10 +265,14 @@ def _olmo2(config: Values, _: Values) -> Values:
     return {"sliding_window": config["sliding_window"], "sliding_window_pattern": pattern}
 
 
+def _head(config: Values) -> int:
+    """Width of a head where no key says it."""
+    return int(config["hidden_size"] // config["num_attention_heads"])
+
+
 def _stablelm(config: Values, rope: Values) -> Values:
-    rotated = int(rope["partial_rotary_factor"] * (config["hidden_size"] // config["num_attention_heads"]))
     return {
-        "rope_dimension_count": rotated,
+        "rope_dimension_count": int(rope["partial_rotary_factor"] * _head(config)),
         "use_parallel_residual": config.get("use_parallel_residual", True),
         "layer_norm_eps": find(config, "layer_norm_eps", "norm_eps"),
     }
@@ -282,8 +281,10 @@ def _stablelm(config: Values, rope: Values) -> Values:
 def _gptneox(config: Values, rope: Values) -> Values:
     """The converter wants rotary_pct, which transformers 5 renames: with it, it stops."""
     part = config["rotary_pct"] if "rotary_pct" in config else rope["partial_rotary_factor"]
-    rotated = int(part * (config["hidden_size"] // config["num_attention_heads"]))
-    return {"rope_dimension_count": rotated, "use_parallel_residual": config.get("use_parallel_residual", True)}
+    return {
+        "rope_dimension_count": int(part * _head(config)),
+        "use_parallel_residual": config.get("use_parallel_residual", True),
+    }
 
 
 def _gemma(config: Values, _: Values) -> Values:
@@ -296,17 +297,16 @@ def _phi2(config: Values, rope: Values) -> Values:
         "max_position_embeddings": find(config, "n_positions", "max_position_embeddings"),
         "feed_forward_length": 4 * config["hidden_size"],
         "layer_norm_eps": find(config, "layer_norm_epsilon", "layer_norm_eps"),
-        "rope_dimension_count": _rotated(config, rope),
+        "rope_dimension_count": rotated(config, rope["partial_rotary_factor"]),
         "add_bos_token": False,
     }
 
 
 def _phi3(config: Values, rope: Values) -> Values:
-    rotated = int(rope.get("partial_rotary_factor", 1.0) * config["hidden_size"]) // config["num_attention_heads"]
     return {
         "max_position_embeddings": find(config, "n_positions", "max_position_embeddings"),
         "original_max_position_embeddings": rope["original_max_position_embeddings"],
-        "rope_dimension_count": rotated,
+        "rope_dimension_count": rotated(config, rope.get("partial_rotary_factor", 1.0)),
         "rope_theta": rope.get("full_attention", rope)["rope_theta"],
         "sliding_window": config.get("sliding_window") or 0,  # zero tells Phi-4 from the others
     }
