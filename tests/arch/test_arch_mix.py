@@ -5,15 +5,14 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
+from arch.arch_kit import type_runs
 
 from qbuild.arch.convert import ModelFacts, Piece, TensorSpec, Transform
 from qbuild.arch.mix import Mix, choose
-from qbuild.errors import ConfigError
 
 HERE = Path(__file__).parent.parent / "reference"
 RECORDED: dict[str, dict[str, str | None]] = json.loads(gzip.decompress((HERE / "mixes.json.gz").read_bytes()))["types"]
@@ -56,11 +55,7 @@ def test_every_tensor_gets_the_type_llama_quantize_gives_it(recorded: str) -> No
     wrong = {}
     for file_type, expected in RECORDED[recorded].items():
         mix = Mix(file_type, has_imatrix=option == "imatrix", **OPTIONS.get(option, {}))
-        try:
-            types = [t for _, t in choose(specs, facts, mix)]
-            found = " ".join(f"{kind}*{len(list(group))}" for kind, group in groupby(types))
-        except ConfigError:
-            found = None
+        found = type_runs(specs, facts, mix)
         if found != expected:
             wrong[file_type] = (found, expected)
     assert wrong == {}
