@@ -159,7 +159,7 @@ class _Builder:
         named = ((spec.name, output) for (spec, _), output in zip(choices, tensors, strict=True))
         made = self.graph.add(Action(f"file:{name}", file.KIND, params, (("kvs", self.kvs), *named)))
         self.graph.targets[name] = made.action
-        file_name = f"{self.name}-{target.suffix or target.ftype}.gguf"
+        file_name = f"{self.name}-{schema.label(target)}.gguf"
         ids = tuple(output.action for output in tensors)
         return FileTarget(name, file_name, FILE_TYPES[target.ftype], choices, ids, made.action)
 

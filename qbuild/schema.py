@@ -20,17 +20,23 @@ from qbuild.errors import ConfigError
 from qbuild.ggml import FILE_TYPES, QTYPES
 
 __all__ = [
+    "CALIBRATED",
     "FORMATS",
+    "AwqTarget",
     "BudgetConf",
     "CalibrationConf",
     "Config",
+    "CtTarget",
     "GgufTarget",
+    "GptqTarget",
     "GraphConf",
+    "ImatrixTarget",
     "Model",
     "StoreConf",
     "Target",
     "close",
     "keys",
+    "label",
     "parse",
     "sections",
 ]
@@ -64,6 +70,24 @@ def _size(value: Any, place: str) -> None:
 def _count(value: Any, place: str) -> None:
     if value != "auto" and (not isinstance(value, int) or value < 1):
         raise ConfigError(place, f"{value!r} is not a number of 1 or more", f"{place}=4")
+
+
+def _whole(*choices: int) -> dict[str, Any]:
+    def check(value: Any, place: str) -> None:
+        if value not in choices:
+            raise ConfigError(place, f"{value!r} is not offered", f"choices: {', '.join(map(str, choices))}")
+
+    return {"check": check}
+
+
+def _group(value: Any, place: str) -> None:
+    if value != -1 and (value < 8 or value % 8):
+        raise ConfigError(place, f"{value!r} is not a group size", "32, 64 or 128; -1: one group a row")
+
+
+def _damping(value: Any, place: str) -> None:
+    if not 0 < value < 1:
+        raise ConfigError(place, f"{value!r} is not a share of the mean diagonal", f"{place}=0.05")
 
 
 def _file_part(value: Any, place: str) -> None:
@@ -104,6 +128,8 @@ class Target:
     """One output. The format decides which of the classes below it is."""
 
     format: str = "gguf"
+    # In the file name, after the model's; null: what the settings are, in short (see ``label``).
+    suffix: str | None = field(default=None, metadata={"check": _file_part}, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -116,16 +142,59 @@ class GgufTarget(Target):
     tensor_types: dict[str, str] = field(default_factory=dict, metadata={"check": _tensor_types})  # pattern: type
     pure: bool = False
     leave_output: bool = False
-    imatrix: str | None = None  # path of an importance matrix
-    suffix: str | None = field(default=None, metadata={"check": _file_part})  # in the file name; null: the file type
+    imatrix: str | None = None  # path of an importance matrix; auto: made by calibration
+
+
+@dataclass(frozen=True)
+class ImatrixTarget(Target):
+    """An importance matrix in llama.cpp's format, of the calibration data."""
+
+    format: str = "imatrix"
+
+
+@dataclass(frozen=True)
+class AwqTarget(Target):
+    """A directory of safetensors in AutoAWQ's gemm layout: 4 bits, asymmetric."""
+
+    format: str = "awq"
+    group_size: int = field(default=128, metadata={"check": _group})
+    max_shard_size: str | int = field(default="5GB", metadata={"check": parse_size})
+
+
+@dataclass(frozen=True)
+class GptqTarget(Target):
+    """A directory of safetensors in GPTQ's layout."""
+
+    format: str = "gptq"
+    bits: int = field(default=4, metadata=_whole(2, 3, 4, 8))
+    group_size: int = field(default=128, metadata={"check": _group})
+    symmetric: bool = True
+    order: str = field(default="activation", metadata=one_of("natural", "activation", "group", what="an order"))
+    damping: float = field(default=0.05, metadata={"check": _damping})
+    layout: str = field(default="gptq", metadata=one_of("gptq", "gptq_v2", what="a layout"))
+    max_shard_size: str | int = field(default="5GB", metadata={"check": parse_size})
+
+
+@dataclass(frozen=True)
+class CtTarget(Target):
+    """A directory of safetensors, compressed-tensors' pack-quantized layout, of GPTQ's results."""
+
+    format: str = "ct"
+    bits: int = field(default=4, metadata=_whole(4, 8))
+    group_size: int = field(default=128, metadata={"check": _group})
+    symmetric: bool = True
+    order: str = field(default="activation", metadata=one_of("natural", "activation", "group", what="an order"))
+    damping: float = field(default=0.05, metadata={"check": _damping})
+    max_shard_size: str | int = field(default="5GB", metadata={"check": parse_size})
 
 
 @dataclass(frozen=True)
 class CalibrationConf:
-    source: str = "builtin"  # text or JSONL file, Hub data set, or builtin
-    samples: int = field(default=128, metadata=COUNT)
-    length: int = field(default=512, metadata=COUNT)
+    source: str = "builtin"  # text or JSONL file, or builtin
+    samples: int = field(default=128, metadata=COUNT)  # windows of text
+    length: int = field(default=512, metadata=COUNT)  # tokens of a window
     seed: int = 0
+    dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16", what="a type to compute in"))
     spill: bool = False  # hidden states go to disk
 
 
@@ -170,7 +239,35 @@ class Config:
 
 
 # Target formats. A new format is a dataclass above and a row here.
-FORMATS: dict[str, type[Target]] = {"gguf": GgufTarget}
+FORMATS: dict[str, type[Target]] = {
+    "gguf": GgufTarget,
+    "imatrix": ImatrixTarget,
+    "awq": AwqTarget,
+    "gptq": GptqTarget,
+    "ct": CtTarget,
+}
+CALIBRATED = (ImatrixTarget, AwqTarget, GptqTarget, CtTarget)  # and GGUF files with imatrix: auto
+
+
+def label(target: Target) -> str:
+    """What tells a target's file name from its model's: ``suffix``, else its settings in short."""
+    match target:
+        case Target(suffix=str(given)):
+            return given
+        case GgufTarget():
+            return target.ftype
+        case AwqTarget():
+            return f"AWQ-w4-{_grouped(target.group_size)}"
+        case GptqTarget():
+            return f"GPTQ-w{target.bits}-{_grouped(target.group_size)}{'' if target.symmetric else '-asym'}"
+        case CtTarget():
+            return f"CT-w{target.bits}a16-{_grouped(target.group_size)}{'' if target.symmetric else '-asym'}"
+        case _:
+            return target.format
+
+
+def _grouped(size: int) -> str:
+    return "channel" if size == -1 else f"g{size}"
 
 
 def parse(data: Mapping[str, Any]) -> Config:
@@ -226,13 +323,15 @@ def _value(value: Any, hint: Any, place: str) -> Any:
         return _parse(typing.cast(type, hint), value, place)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(a) or a for a in allowed)
+    if float in plain and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     if isinstance(value, plain) and (bool in plain or not isinstance(value, bool)):
         return dict(value) if isinstance(value, Mapping) else value
     names = " or ".join("null" if p is types.NoneType else _KINDS[p] for p in plain)
     raise ConfigError(place, f"is {_shown(value)}, which is not {names}", _EXAMPLES.get(plain[0], ""))
 
 
-_KINDS = {str: "text", int: "a whole number", bool: "true or false", dict: "a mapping"}
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
 _EXAMPLES = {bool: "write true or false", str: "quote it if it must be text"}
 
 

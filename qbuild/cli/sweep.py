@@ -65,9 +65,9 @@ def _named(name: str, target: Target, rivals: list[Target]) -> tuple[str, Target
         return name, target
     fields = [f.name for f in dataclasses.fields(target) if len({repr(getattr(r, f.name, None)) for r in rivals}) > 1]
     difference = "-".join(_word(field, getattr(target, field)) for field in fields)
-    if "suffix" in fields or not isinstance(target, schema.GgufTarget):
+    if "suffix" in fields:
         return f"{name}-{difference}", target
-    return f"{name}-{difference}", dataclasses.replace(target, suffix=f"{target.suffix or target.ftype}-{difference}")
+    return f"{name}-{difference}", dataclasses.replace(target, suffix=f"{schema.label(target)}-{difference}")
 
 
 def _word(field: str, value: Any) -> str:

@@ -99,7 +99,8 @@ def _unknown(key: str, place: str) -> ConfigError:
         remedy = f"a recipe is added with a plus: +{place}"
     elif head == "targets":
         name, _, wrong = rest.partition(".")
-        known = schema.close(wrong, schema.keys(schema.GgufTarget))
+        every = dict.fromkeys(key for format_ in schema.FORMATS.values() for key in schema.keys(format_))
+        known = schema.close(wrong, every)
         remedy = f"{known}\nand targets.{name} is there only once target=… has chosen it"
     elif rest and head in sections:
         remedy = schema.close(rest, schema.keys(sections[head]))
