@@ -1,0 +1,177 @@
+"""The calibration run: hidden states go through the model a layer at a time, and every layer's statistics are saved."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qbuild.calibration.collect import Collector
+from qbuild.calibration.families import layer_prefix
+from qbuild.calibration.forward import Streamed
+from qbuild.calibration.shapes import linears
+from qbuild.calibration.weights import Read
+from qbuild.errors import StoreError
+from qbuild.fsutil import disk_error, fsync_dir, read_exact, write_all
+
+__all__ = ["Pass", "Save", "calibrate"]
+
+KEEP_EVERY = 5.0  # seconds of work between writes of the hidden states; less is not worth a sync of the disk
+
+Save = Callable[[int, bytes, float], None]  # layer, Statistics.to_bytes(), seconds of work
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One calibration pass over the layers ``first`` to ``last``, both included.
+
+    ``tensors`` are the shapes of the checkpoint's tensors by name, ``tokens`` int32 [windows, length]. ``states`` is a
+    folder of this pass's own, for the hidden states after the last finished layers; with ``spill`` they are never
+    whole in memory. Neither it nor ``threads`` nor where a pass was cut off changes a byte of the statistics.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[int, ...]]
+    tokens: np.ndarray
+    first: int
+    last: int
+    states: Path
+    gram: bool = True
+    dtype: str = "float32"
+    device: str = "cpu"
+    spill: bool = False
+    threads: int = 1
+
+
+def calibrate(task: Pass, read: Read, save: Save) -> None:
+    """Run a pass, calling ``save`` after every layer.
+
+    It goes on from the newest hidden states in the folder that are not beyond ``first``, else from the embedding;
+    layers before ``first`` are run without being measured. A killed pass loses the layer it was in, or the few seconds
+    of layers since the states were written last. Raises InputError for weights or activations that cannot be used.
+    """
+    torch.set_num_threads(task.threads)
+    model = Streamed(task.config, task.tensors, read, device=task.device, dtype=task.dtype)
+    prefix = layer_prefix(task.config, task.tensors)
+    with _States(task, model) as states:
+        for index in range(states.ready, task.last + 1):
+            began = time.monotonic()
+            with model.layer(index) as layer:
+                if index < task.first:
+                    states.advance(layer)
+                    continue
+                wanted = [linear.name for linear in linears(prefix, index, task.tensors)]
+                collector = Collector(index, model.parameters(index), wanted, task.gram)
+                with collector:
+                    states.advance(layer)
+            save(index, collector.statistics().to_bytes(), time.monotonic() - began)
+            states.keep(last=index == task.last)
+
+
+class _States:
+    """The hidden states of all windows between two layers, in memory or in a file. ``ready``: the layer they are for.
+
+    A window at a time goes through a layer, whatever the memory: how sums are split would change their last bits.
+    """
+
+    def __init__(self, task: Pass, model: Streamed) -> None:
+        self.folder, self.spill, self.dtype = task.states, task.spill, model.dtype
+        self.windows, length = task.tokens.shape
+        self.shape = (1, length, model.width)
+        self.size = length * model.width * model.dtype.itemsize  # bytes of a window
+        self.ready = 0
+        self._hidden: list[torch.Tensor] = []
+        self._file: int | None = None
+        self._kept = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._found(task.first):
+            self._embed(task.tokens, model)
+
+    def __enter__(self) -> _States:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def advance(self, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Send every window through a layer."""
+        if self.spill:
+            self._write(self.ready + 1, (run(self._read(window)) for window in range(self.windows)))
+        else:
+            for window, hidden in enumerate(self._hidden):
+                self._hidden[window] = run(hidden).cpu()
+        self.ready += 1
+
+    def keep(self, *, last: bool) -> None:
+        """Write the states for a later process, where the work since the last time is worth it."""
+        if self.spill or not (last or time.monotonic() - self._kept >= KEEP_EVERY):
+            return
+        self._write(self.ready, self._hidden)
+        self._close()
+        self._kept = time.monotonic()
+
+    def _found(self, first: int) -> bool:
+        """Take up what an earlier process left."""
+        files = {int(path.stem.partition("-")[2]): path for path in self.folder.glob("before-*.hidden")}
+        usable = [n for n, path in files.items() if n <= first and path.stat().st_size == self.windows * self.size]
+        if not usable:
+            return False
+        self.ready = max(usable)
+        self._file = os.open(files[self.ready], os.O_RDONLY)
+        if not self.spill:
+            self._hidden = [self._read(window) for window in range(self.windows)]
+            self._close()
+        return True
+
+    def _embed(self, tokens: np.ndarray, model: Streamed) -> None:
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        made = (model.embed(ids[window : window + 1]) for window in range(self.windows))
+        if self.spill:
+            self._write(0, made)
+        else:
+            self._hidden = [hidden.cpu() for hidden in made]
+        model.release()
+
+    def _write(self, ready: int, windows: Iterable[torch.Tensor]) -> None:
+        """A file of states becomes the only one of the folder, whole or not at all; it is open for reading after."""
+        path, aside = self.folder / f"before-{ready:04d}.hidden", self.folder / "aside"
+        try:
+            fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                for window, hidden in enumerate(windows):
+                    write_all(fd, _bytes(hidden), window * self.size)
+                os.fsync(fd)
+                aside.replace(path)
+                fsync_dir(self.folder)
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise disk_error(error, self.folder, self.windows * self.size) from None
+        self._close()
+        self._file = fd
+        for other in self.folder.glob("before-*.hidden"):
+            if other != path:
+                other.unlink()
+
+    def _read(self, window: int) -> torch.Tensor:
+        buffer = bytearray(self.size)
+        if self._file is None or not read_exact(self._file, memoryview(buffer), window * self.size):
+            raise StoreError(str(self.folder), "a file of hidden states became shorter", "start the build again")
+        return torch.frombuffer(buffer, dtype=self.dtype).view(self.shape)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _bytes(hidden: torch.Tensor) -> memoryview:
+    flat = hidden.contiguous().cpu().view(torch.uint8).numpy()
+    return memoryview(flat).cast("B")
