@@ -22,6 +22,8 @@ from qbuild.errors import InputError
 
 __all__ = ["Layer", "Streamed"]
 
+UNFIT = "calibration needs a plain list of decoder layers that pass hidden states on"
+
 
 _Beside = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer gets beside the hidden states
 _StandIn = Callable[[int, torch.Tensor, _Beside], torch.Tensor]
@@ -87,6 +89,7 @@ class Streamed:
             raise _ReachedError
 
         self._run(first, input_ids=ids.to(self.device))
+        self._arguments(ids.shape[1])  # now that the embedding is in memory
         return got[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -129,15 +132,18 @@ class Streamed:
             if any(name.startswith(f"{prefix}0.") for name in made_of):
                 return path, module
         fact = f"{type(self.model).__name__} has no list of {self.count} layers that {prefix}0 belongs to"
-        raise InputError(self.model.config.model_type, fact, "calibration needs a plain list of decoder layers")
+        raise InputError(self.model.config.model_type, fact, UNFIT)
 
     def _arguments(self, length: int) -> list[_Beside]:
         """What the layers get beside the hidden states for a window of ``length`` tokens."""
         if length not in self._known:
+            before = bool(self._outside)
             one, other = (self._recorded(torch.full((1, length), token)) for token in (0, 1))
+            if not before:
+                self.release()
             if not _equal(one, other):
                 fact = "its layers take inputs that depend on the tokens themselves, beside the hidden states"
-                raise InputError(self.model.config.model_type, fact, "calibration cannot run such a model by layers")
+                raise InputError(self.model.config.model_type, fact, UNFIT)
             self._known = {length: one}  # a mask is length² large: one length at a time
         return self._known[length]
 
@@ -145,7 +151,7 @@ class Streamed:
         got: list[_Beside] = []
 
         def record(index: int, hidden: torch.Tensor, arguments: _Beside) -> torch.Tensor:
-            if hidden.dim() != 3:  # the model took the first of what it holds for a tuple
+            if hidden.shape != (*ids.shape, self.width):  # the model took the first of what it holds for a tuple
                 self._tuples = True
                 raise _ReachedError
             got.append(arguments)
@@ -154,9 +160,12 @@ class Streamed:
             return hidden
 
         self._run(record, input_ids=ids.to(self.device))
-        if len(got) < self.count and self._tuples:
+        if self._tuples and len(got) < self.count:
             got.clear()
             self._run(record, input_ids=ids.to(self.device))
+        if len(got) < self.count:
+            fact = f"the hidden states of its layers are not [batch, length, {self.width}]"
+            raise InputError(self.model.config.model_type, fact, UNFIT)
         return got
 
     def _run(self, stand_in: _StandIn, **inputs: torch.Tensor) -> Any:

@@ -65,6 +65,7 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
             with model.layer(index) as layer:
                 if index < task.first:
                     states.advance(layer)
+                    states.keep(last=False)
                     continue
                 wanted = [linear.name for linear in linears(prefix, index, task.tensors)]
                 collector = Collector(index, model.parameters(index), wanted, task.gram)
@@ -109,12 +110,19 @@ class _States:
         self.ready += 1
 
     def keep(self, *, last: bool) -> None:
-        """Write the states for a later process, where the work since the last time is worth it."""
-        if self.spill or not (last or time.monotonic() - self._kept >= KEEP_EVERY):
-            return
-        self._write(self.ready, self._hidden)
-        self._close()
-        self._kept = time.monotonic()
+        """Write the states for a later process, where the work since the last time is worth it, and drop older ones.
+
+        To be called when the statistics of the layer are safe: until then a new process needs the states before it.
+        """
+        if not self.spill:
+            if not last and time.monotonic() - self._kept < KEEP_EVERY:
+                return
+            self._write(self.ready, self._hidden)
+            self._close()
+            self._kept = time.monotonic()
+        for other in self.folder.glob("before-*.hidden"):
+            if other != self._path(self.ready):
+                other.unlink()
 
     def _found(self, first: int) -> bool:
         """Take up what an earlier process left."""
@@ -138,9 +146,12 @@ class _States:
             self._hidden = [hidden.cpu() for hidden in made]
         model.release()
 
+    def _path(self, ready: int) -> Path:
+        return self.folder / f"before-{ready:04d}.hidden"
+
     def _write(self, ready: int, windows: Iterable[torch.Tensor]) -> None:
-        """A file of states becomes the only one of the folder, whole or not at all; it is open for reading after."""
-        path, aside = self.folder / f"before-{ready:04d}.hidden", self.folder / "aside"
+        """A file of states appears whole or not at all; it is open for reading after."""
+        path, aside = self._path(ready), self.folder / "aside"
         try:
             fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
@@ -156,9 +167,6 @@ class _States:
             raise disk_error(error, self.folder, self.windows * self.size) from None
         self._close()
         self._file = fd
-        for other in self.folder.glob("before-*.hidden"):
-            if other != path:
-                other.unlink()
 
     def _read(self, window: int) -> torch.Tensor:
         buffer = bytearray(self.size)

@@ -1,0 +1,198 @@
+"""A model run by layers computes what transformers computes, and its statistics are those of the activations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from qbuild.calibration.forward import Streamed
+from qbuild.calibration.run import Pass, calibrate
+from qbuild.calibration.statistics import Statistics
+from qbuild.errors import InputError
+
+TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
+CONFIG = json.loads((TINY / "config.json").read_text())
+LAYERS = range(CONFIG["num_hidden_layers"])
+
+
+class Tensors(dict[str, torch.Tensor]):
+    """A checkpoint in memory that writes down what is read."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.reads: list[str] = []
+
+    def read(self, name: str) -> torch.Tensor:
+        self.reads.append(name)
+        return self[name]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.items()}
+
+
+@pytest.fixture
+def tensors() -> Tensors:
+    with safe_open(TINY / "model.safetensors", "pt") as file:
+        return Tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (3, 48)).astype(np.int32)
+
+
+@pytest.fixture
+def task(tensors: Tensors, tokens: np.ndarray, tmp_path: Path) -> Pass:
+    return Pass(CONFIG, tensors.shapes(), tokens, 0, LAYERS[-1], tmp_path / "states")
+
+
+def saved(task: Pass, read: Callable[[str], torch.Tensor]) -> dict[int, bytes]:
+    """The statistics of every layer that a pass measured."""
+    found: dict[int, bytes] = {}
+    calibrate(task, read, lambda layer, data, _seconds: found.update({layer: data}))
+    return found
+
+
+def test_logits_are_those_of_the_whole_model(tensors: Tensors, model: torch.nn.Module, tokens: np.ndarray) -> None:
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    streamed = Streamed(CONFIG, tensors, tensors.read)
+    hidden = streamed.embed(ids)
+    for index in LAYERS:
+        with streamed.layer(index) as layer:
+            hidden = layer(hidden)
+    streamed.release()
+    with torch.no_grad():
+        wanted = model(ids).logits
+    torch.testing.assert_close(streamed.logits(hidden), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_one_layer_is_in_memory_at_a_time(tensors: Tensors) -> None:
+    streamed = Streamed(CONFIG, tensors, tensors.read)
+    real = [name for name, p in streamed.model.named_parameters() if not p.is_meta]
+    with streamed.layer(2):
+        inside = {name for name, p in streamed.model.named_parameters() if not p.is_meta}
+    after = [name for name, p in streamed.model.named_parameters() if not p.is_meta]
+    assert (real, after) == ([], [])
+    assert inside == {name for name in tensors if name.startswith("model.layers.2.")}
+
+
+def test_a_gram_matrix_is_that_of_the_recorded_activations(
+    task: Pass, tensors: Tensors, model: torch.nn.Module, tokens: np.ndarray
+) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _m, inputs, name=name: seen.setdefault(name, []).append(inputs[0].flatten(0, -2).double())
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        model(torch.from_numpy(tokens.astype(np.int64)))
+    for hook in hooks:
+        hook.remove()
+    for index, data in saved(task, tensors.read).items():
+        statistics = Statistics.from_bytes(data)
+        assert statistics.layer == index
+        for found in statistics.inputs:
+            for linear in found.shared:
+                X = torch.cat(seen[linear]).numpy()
+                G = X.T @ X
+                assert found.gram is not None
+                assert found.count == len(X) == tokens.size
+                assert np.abs(found.gram - G).max() <= 1e-5 * np.abs(G).max()
+                assert np.array_equal(found.gram.diagonal(), found.diagonal)
+                assert np.array_equal(found.gram, found.gram.T)
+                np.testing.assert_allclose(found.diagonal, G.diagonal(), rtol=1e-5)
+                np.testing.assert_allclose(found.mean_abs, np.abs(X).mean(0), rtol=1e-5)
+
+
+def test_linears_that_read_the_same_tensor_share_one_input(task: Pass, tensors: Tensors) -> None:
+    statistics = Statistics.from_bytes(saved(replace(task, last=0), tensors.read)[0])
+    names = [tuple(linear.rpartition(".")[2] for linear in found.shared) for found in statistics.inputs]
+    assert names == [("down_proj",), ("gate_proj", "up_proj"), ("o_proj",), ("k_proj", "q_proj", "v_proj")]
+
+
+def test_spilled_states_give_the_same_bytes(task: Pass, tensors: Tensors, tmp_path: Path) -> None:
+    in_memory = saved(task, tensors.read)
+    assert in_memory == saved(replace(task, spill=True, states=tmp_path / "other"), tensors.read)
+
+
+@pytest.mark.parametrize("spill", [False, True])
+def test_a_pass_cut_off_goes_on_with_the_same_bytes(
+    task: Pass, tensors: Tensors, spill: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qbuild.calibration.run.KEEP_EVERY", 0.0)
+    task = replace(task, spill=spill)
+    whole = saved(replace(task, states=task.states / "whole"), tensors.read)
+    cut: dict[int, bytes] = {}
+
+    def die_in_layer_2(layer: int, data: bytes, _seconds: float) -> None:
+        if layer == 2:
+            raise KeyboardInterrupt
+        cut[layer] = data
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(task, tensors.read, die_in_layer_2)
+    tensors.reads.clear()
+    rest = saved(replace(task, first=2), tensors.read)
+    assert cut | rest == whole
+    assert not [name for name in tensors.reads if ".layers.0." in name or ".layers.1." in name]
+    assert [path.name for path in task.states.glob("*.hidden")] == [f"before-{len(LAYERS):04d}.hidden"]
+
+
+def test_states_of_another_size_are_not_taken_up(task: Pass, tensors: Tensors) -> None:
+    whole = saved(replace(task, states=task.states / "whole"), tensors.read)
+    (task.states / "before-0002.hidden").write_bytes(b"short")
+    assert saved(replace(task, first=2), tensors.read) == {layer: whole[layer] for layer in LAYERS[2:]}
+
+
+def test_a_diagonal_alone_is_the_same_diagonal(task: Pass, tensors: Tensors, tmp_path: Path) -> None:
+    full = Statistics.from_bytes(saved(replace(task, last=0), tensors.read)[0])
+    alone = Statistics.from_bytes(saved(replace(task, last=0, gram=False, states=tmp_path / "o"), tensors.read)[0])
+    for one, other in zip(full.inputs, alone.inputs, strict=True):
+        assert other.gram is None
+        assert one.diagonal.tobytes() == other.diagonal.tobytes()
+        assert one.mean_abs.tobytes() == other.mean_abs.tobytes()
+
+
+def test_bytes_of_statistics_are_canonical(task: Pass, tensors: Tensors) -> None:
+    for data in saved(replace(task, last=1), tensors.read).values():
+        assert Statistics.from_bytes(data).to_bytes() == data
+
+
+def test_weights_that_give_nan_are_named_with_their_layer(task: Pass, tensors: Tensors) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"] * float("nan")
+    with pytest.raises(InputError, match=r"layer 1: the inputs of model.layers.1.mlp.down_proj are NaN") as caught:
+        saved(task, tensors.read)
+    assert "float32" in caught.value.remedy
+
+
+def test_a_checkpoint_without_decoder_layers_is_refused(tensors: Tensors) -> None:
+    names = [name.replace("layers.2", "layers.two") for name in tensors]
+    with pytest.raises(InputError, match=r"no list of 3 decoder layers.*there are: model.layers.N \(2\)"):
+        Streamed(CONFIG, names, tensors.read)
+
+
+def test_a_model_that_transformers_does_not_know_is_refused(tensors: Tensors) -> None:
+    with pytest.raises(InputError, match=r"model type 'nonesuch': transformers .* has no causal language model"):
+        Streamed(CONFIG | {"model_type": "nonesuch"}, tensors, tensors.read)
+
+
+def test_a_missing_tensor_is_named(task: Pass, tensors: Tensors) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(InputError, match=r"no tensor for model.layers.1.mlp.up_proj.weight"):
+        saved(replace(task, tensors=tensors.shapes()), tensors.read)
