@@ -2,7 +2,7 @@
 
     python tests/arch/make_families.py LLAMA_CPP OUT.json [NAME ...]     records what llama.cpp makes of each
 
-Tests import ``write`` and compare with the record.
+LLAMA_CPP: its source folder with its tools built in build/. Tests import ``write`` and compare with the record.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from typing import Any
 import blake3
 import numpy as np
 
-from qbuild.arch.convert import expected_tensors
+from qbuild.arch.convert import expected_tensors, tensor_specs
+from qbuild.checkpoint import open_path
+from qbuild.gguffile import GGUFType, encode_kv, header
 
 DATA = Path(__file__).parent.parent / "data"
 SENTENCEPIECE, BPE = DATA / "tiny-llama", DATA / "arch" / "bpe"
 TYPES = ("Q4_K_M", "F16")
+MORE_TYPES = {"mixtral-8": ("MXFP4_MOE",), "qwen2moe": ("MXFP4_MOE",)}
+WEIGHED = {  # what is also made with an importance matrix, each expert of a stack with its own sums
+    "mixtral-8": ("Q4_K_M", "IQ2_M", "Q5_1"),
+    "qwen3moe-fused": ("Q4_0", "IQ3_M"),
+    "granite-moe-shared": ("Q4_K_M", "IQ4_NL"),
+}
 BASE = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
@@ -180,15 +188,15 @@ def write(name: str, root: Path) -> Path:
         if path.name not in over.get("_without", ()):
             shutil.copy(path, folder)
     rng = np.random.default_rng(sum(name.encode()))
-    header, blobs, at = {}, [], 0
+    entries, blobs, at = {}, [], 0
     for number, (tensor, shape) in enumerate(shapes(name)):
         dtypes = over.get("_dtypes", ("BF16",))
         dtype = dtypes[number % len(dtypes)]
         blob = encode(rng.standard_normal(shape, np.float32) * np.float32(0.05), dtype)
-        header[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(blob)]}
+        entries[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(blob)]}
         at += len(blob)
         blobs.append(blob)
-    text = json.dumps(header).encode()
+    text = json.dumps(entries).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
     return folder
 
@@ -199,39 +207,77 @@ def encode(values: np.ndarray, dtype: str) -> bytes:
     return values.astype({"F32": np.float32, "F16": np.float16}[dtype]).tobytes()
 
 
+def write_matrix(folder: Path, path: Path) -> Path:
+    """An importance matrix for a written variant. One weight has no entry, and one expert of each stack was never used.
+
+    A weight [experts or 1, rows, cols] has float32 sums of squares [experts or 1, cols] and counts [experts or 1, 1].
+    """
+    rng, tensors = np.random.default_rng(7), {}
+    specs = [spec for spec in tensor_specs(open_path(folder, str(folder))) if len(spec.shape) > 1]
+    for spec in specs[:1] + specs[2:]:
+        matrices = spec.shape[0] if len(spec.shape) > 2 else 1
+        counts = np.full((matrices, 1), 16, np.float32)
+        counts[1:2] = 0
+        sums = (10.0 ** rng.uniform(-3, 3, (matrices, spec.shape[-1]))).astype(np.float32)
+        tensors |= {f"{spec.name}.in_sum2": sums * (counts > 0), f"{spec.name}.counts": counts}
+    kvs = [
+        encode_kv("general.type", "imatrix", GGUFType.STRING),
+        encode_kv("imatrix.datasets", ["random.txt"], GGUFType.ARRAY, GGUFType.STRING),
+        encode_kv("imatrix.chunk_count", 3, GGUFType.UINT32),
+        encode_kv("imatrix.chunk_size", 512, GGUFType.UINT32),
+    ]
+    body = b"".join(data.tobytes() + bytes(-data.nbytes % 32) for data in tensors.values())
+    path.write_bytes(header(kvs, [(name, data.shape, "F32") for name, data in tensors.items()]) + body)
+    return path
+
+
 def digest(path: Path) -> str:
     return f"{blake3.blake3(path.read_bytes()).hexdigest()}/{path.stat().st_size}"
 
 
-def main(llama: Path, out: Path, names: list[str], keep: Path | None = None) -> None:
-    record = json.loads(out.read_text())["files"] if out.is_file() else {}
+def converted(llama: Path, variant: str, folder: Path, out: Path) -> bool:
+    """Have llama.cpp convert a variant; False, and why, where it does not."""
+    bare = ["-c", BARE] if VARIANTS[variant].get("_bare") else []
+    command = [sys.executable, *bare, "convert_hf_to_gguf.py", str(folder), "--outfile", str(out)]
+    done = subprocess.run(command, cwd=llama, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{variant}: the converter stopped: {done.stderr.strip().splitlines()[-1]}")
+    return not done.returncode
+
+
+def quantized(llama: Path, source: Path, types: Iterable[str], words: Iterable[str] = ()) -> dict[str, str]:
+    """What llama-quantize makes of a file, by type. It runs beside the matrix, so that the name it notes is short."""
+    found = {}
+    for type_ in types:
+        made = source.parent / "made.gguf"
+        command = [llama / "build/bin/llama-quantize", *words, source, made, type_]
+        subprocess.run(command, check=True, capture_output=True, cwd=source.parent)
+        found[type_] = digest(made)
+    return found
+
+
+def main(llama: Path, out: Path, names: list[str]) -> None:
+    record = json.loads(out.read_text()) if out.is_file() else {"files": {}, "with matrix.gguf": {}}
+    plain, weighed = record["files"], record["with matrix.gguf"]
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         for variant in names or VARIANTS:
-            folder, converted = write(variant, root), root / "converted.gguf"
-            bare = ["-c", BARE] if VARIANTS[variant].get("_bare") else []
-            convert = [sys.executable, *bare, "convert_hf_to_gguf.py", str(folder), "--outfile", str(converted)]
-            done = subprocess.run(convert, cwd=llama, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{variant}: the converter stopped: {done.stderr.strip().splitlines()[-1]}")
+            folder, source = write(variant, root), root / "converted.gguf"
+            if not converted(llama, variant, folder, source):
                 continue
-            record[variant] = {}
-            for type_ in TYPES:
-                made = root / f"{variant}-{type_}.gguf"
-                subprocess.run(
-                    [llama / "build/bin/llama-quantize", converted, made, type_], check=True, capture_output=True
-                )
-                record[variant][type_] = digest(made)
-                if keep is not None:
-                    shutil.move(made, keep / made.name)
-                else:
-                    made.unlink()
+            plain[variant] = quantized(llama, source, (*TYPES, *MORE_TYPES.get(variant, ())))
+            if variant in WEIGHED:
+                write_matrix(folder, root / "matrix.gguf")
+                weighed[variant] = quantized(llama, source, WEIGHED[variant], ("--imatrix", "matrix.gguf"))
             shutil.rmtree(folder)
-    order = {name: record[name] for name in VARIANTS if name in record}
-    command = "convert_hf_to_gguf.py MODEL; llama-quantize CONVERTED OUT TYPE"
-    document = {"llama.cpp": "llama-cpp-python 0.3.36", "command": command, "files": order}
+    document = {
+        "llama.cpp": "llama-cpp-python 0.3.36",
+        "command": "convert_hf_to_gguf.py MODEL; llama-quantize [--imatrix matrix.gguf] CONVERTED OUT TYPE",
+        "files": {name: plain[name] for name in VARIANTS if name in plain},
+        "with matrix.gguf": {name: weighed[name] for name in WEIGHED if name in weighed},
+    }
     out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]), sys.argv[3:])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from arch.arch_kit import DATA, maker
 
+import qbuild
 from qbuild import gguffile
 from qbuild.actions import tensor
 from qbuild.arch import convert, mix
@@ -17,7 +18,8 @@ from qbuild.arch.metadata import metadata, quantized_kvs
 from qbuild.checkpoint import Checkpoint, Reader, open_path
 from qbuild.ggml import FILE_TYPES, QTYPES
 
-RECORDED: dict[str, dict[str, str]] = json.loads((DATA / "arch/families.json").read_text())["files"]
+RECORD: dict[str, dict[str, dict[str, str]]] = json.loads((DATA / "arch/families.json").read_text())
+RECORDED, WEIGHED = RECORD["files"], RECORD["with matrix.gguf"]
 MAKER = maker("make_families")
 
 
@@ -58,3 +60,19 @@ def test_a_family_gives_llama_cpps_files(variant: str, tmp_path: Path) -> None:
     for file_type, expected in RECORDED[variant].items():
         made = gguf_bytes(checkpoint, file_type, kvs)
         assert f"{blake3.blake3(made).hexdigest()}/{len(made)}" == expected, file_type
+
+
+@pytest.mark.parametrize("variant", WEIGHED)
+def test_each_expert_of_a_stack_is_weighed_by_its_own_sums(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the whole engine, which cuts the matrix; the file notes the matrix's path as it was typed."""
+    folder = MAKER.write(variant, tmp_path)
+    MAKER.write_matrix(folder, tmp_path / "matrix.gguf")
+    monkeypatch.chdir(tmp_path)
+    targets = {name.lower(): {"format": "gguf", "ftype": name, "imatrix": "matrix.gguf"} for name in WEIGHED[variant]}
+    store, out = {"dir": str(tmp_path / "store")}, str(tmp_path / "out")
+    config = {"model": {"source": str(folder)}, "targets": targets, "store": store, "out": out}
+    made = qbuild.build(config, quiet=True).targets
+    for name, expected in WEIGHED[variant].items():
+        assert MAKER.digest(made[name.lower()].path) == expected, name
