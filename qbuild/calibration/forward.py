@@ -66,7 +66,8 @@ class Streamed:
         self.weights = Weights(self.model, self.names, read)
         self.count = layer_count(config)
         self.width = int(self.model.config.get_text_config().hidden_size)
-        self._path, self._layers = self._find_layers(layer_prefix(config, self.names))
+        self.prefix = layer_prefix(config, self.names)
+        self._path, self._layers = self._find_layers(self.prefix)
         self._known: dict[int, list[_Beside]] = {}
         self._outside: set[str] = set()
         self._tables: dict[str, torch.Tensor] = {}

@@ -1,0 +1,85 @@
+"""Families that differ in their layers: run by layers, each computes what its whole model computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from qbuild.calibration.forward import Streamed
+from qbuild.calibration.run import Pass, calibrate
+from qbuild.calibration.statistics import Statistics
+
+LENGTH = 24
+SMALL: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+MOE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# What makes a family special is switched on, where small defaults would leave it off.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {"sliding_window": 8},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen2_moe": MOE | {"shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
+    "qwen3_moe": MOE,
+    "gpt_neox": {"rotary_pct": 0.5},
+    "olmo2": {},
+    "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
+    "starcoder2": {"sliding_window": 8},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 5.0, "logits_scaling": 4.0,
+                "attention_multiplier": 0.2},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "falcon": {"alibi": False, "parallel_attn": True},
+    "phi": {"partial_rotary_factor": 0.5},
+    "cohere2": {"sliding_window": 8, "logit_scale": 0.5},
+    "olmoe": MOE,
+}  # fmt: skip
+
+
+def checkpoint(kind: str, folder: Path) -> torch.nn.Module:
+    """A small random model as transformers saves it, and itself."""
+    torch.manual_seed(sum(map(ord, kind)))
+    settings = {name: value for name, value in SMALL.items() if (kind, name) != ("falcon", "head_dim")}
+    config = transformers.CONFIG_MAPPING[kind].from_dict(settings | FAMILIES[kind])
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():  # norms of one and biases of zero would hide which of them is read
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def opened(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return json.loads((folder / "config.json").read_text()), tensors
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_logits_are_those_of_the_whole_model(kind: str, tmp_path: Path) -> None:
+    model = checkpoint(kind, tmp_path)
+    config, tensors = opened(tmp_path)
+    ids = torch.randint(3, 96, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    streamed = Streamed(config, tensors, tensors.__getitem__)
+    hidden = streamed.embed(ids)
+    for index in range(streamed.count):
+        with streamed.layer(index) as layer:
+            hidden = layer(hidden)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    torch.testing.assert_close(streamed.logits(hidden), wanted, rtol=1e-5, atol=1e-5)
+    whole = {name for name in tensors if name.startswith(streamed.prefix)}
+    assert whole == {name for index in range(streamed.count) for name in streamed.layer_tensors(index)}
