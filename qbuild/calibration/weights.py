@@ -150,6 +150,8 @@ def _origins(
         made_by.setdefault(target, of_pattern[pattern] if pattern else None)
     for target, found in sources.items():
         converter = made_by[target]
+        if converter:  # all first projections of experts, then all second ones: as the parameter holds them
+            found.sort(key=lambda source: converter.source_patterns.index(source[0]))
         yield _Origin(tuple(found), converter), _targets(target, converter) if converter else (target,)
 
 

@@ -83,3 +83,74 @@ def test_logits_are_those_of_the_whole_model(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(streamed.logits(hidden), wanted, rtol=1e-5, atol=1e-5)
     whole = {name for name in tensors if name.startswith(streamed.prefix)}
     assert whole == {name for index in range(streamed.count) for name in streamed.layer_tensors(index)}
+
+
+def statistics_of(folder: Path, tokens: np.ndarray, **settings: Any) -> list[Statistics]:
+    config, tensors = opened(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found: list[Statistics] = []
+    task = Pass(config, shapes, tokens, 0, config["num_hidden_layers"] - 1, folder / "states", **settings)
+    calibrate(task, tensors.__getitem__, lambda _layer, data, _seconds: found.append(Statistics.from_bytes(data)))
+    return found
+
+
+def routed(model: torch.nn.Module, tokens: np.ndarray) -> list[dict[tuple[int, str], torch.Tensor]]:
+    """Per layer with experts, what every expert's two products read, by the plain model's own routing."""
+    layers: list[dict[tuple[int, str], torch.Tensor]] = []
+
+    def note(experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        hidden, chosen, _weights = inputs
+        seen = {}
+        for expert in range(experts.num_experts):
+            x = hidden[(chosen == expert).any(-1)]
+            gate, up = (x @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+            seen[expert, "gate"], seen[expert, "down"] = x.double(), (experts.act_fn(gate) * up).double()
+        layers.append(seen)
+
+    hooks = [
+        module.register_forward_pre_hook(note) for name, module in model.named_modules() if name.endswith(".experts")
+    ]
+    with torch.no_grad():
+        model(torch.from_numpy(tokens.astype(np.int64)))
+    for hook in hooks:
+        hook.remove()
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "names"),
+    [
+        ("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+        ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("qwen2_moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_experts_are_measured_on_the_tokens_routed_to_them(
+    kind: str, block: str, names: tuple[str, str, str], tmp_path: Path
+) -> None:
+    model = checkpoint(kind, tmp_path)
+    tokens = np.random.default_rng(0).integers(3, 96, (1, LENGTH)).astype(np.int32)
+    wanted = routed(model, tokens)
+    with_experts = [s for s in statistics_of(tmp_path, tokens) if any(".experts." in found.name for found in s.inputs)]
+    assert len(with_experts) == len(wanted)
+    for statistics, seen in zip(with_experts, wanted, strict=True):
+        for (expert, which), X in seen.items():
+            path = f"model.layers.{statistics.layer}.{block}.experts.{expert}"
+            linears = {f"{path}.{name}" for name in (names[:2] if which == "gate" else names[2:])}
+            if not len(X):
+                assert linears <= set(statistics.unreached)
+                continue
+            found = statistics.of(min(linears))
+            assert found.count == len(X)
+            assert set(found.shared) == linears
+            torch.testing.assert_close(torch.from_numpy(found.gram).double(), X.T @ X, rtol=1e-4, atol=1e-4)
+
+
+def test_starved_experts_are_told(tmp_path: Path) -> None:
+    checkpoint("qwen3_moe", tmp_path)
+    tokens = np.full((1, 4), 7, np.int32)  # one token over and over goes to two experts of six
+    first = statistics_of(tmp_path, tokens)[0]
+    assert len(first.unreached) == 12
+    assert first.notices() == (
+        "layer 0: 22 of 22 linears saw fewer than 128 tokens, 12 of them none; more samples reach more experts",
+    )
