@@ -1,0 +1,1 @@
+"""Calibrated quantization of linear layers, and the checkpoints it is stored in."""

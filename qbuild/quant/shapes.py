@@ -1,0 +1,203 @@
+"""Layouts of quantized linears: names, dtypes and shapes of every stored tensor, and what today's loaders read.
+
+A planner asks here before a weight is read, so there is no torch and no numpy. Layouts: ``awq-gemm`` (AutoAWQ's
+``WQLinear_GEMM``), ``gptq`` and ``gptq_v2`` (AutoGPTQ's ``QuantLinear`` and GPTQModel's; v1 stores zero points minus
+one), ``pack-quantized`` (compressed-tensors).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+__all__ = [
+    "ITEM_SIZES",
+    "LAYOUTS",
+    "Scheme",
+    "Stored",
+    "groups",
+    "packed",
+    "quantization_config",
+    "refusal",
+    "rejections",
+    "words",
+]
+
+LAYOUTS = ("awq-gemm", "gptq", "gptq_v2", "pack-quantized")
+ITEM_SIZES = {"I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+WORD = 32
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How linears are stored. ``group_size``: columns that share a scale, -1 for a whole row.
+
+    ``indexed``: columns belong to groups by an index instead of in order (GPTQ's desc_act without static groups).
+    ``dtype``: safetensors name of the dtype of what is not quantized, and of compressed-tensors' scales.
+    """
+
+    layout: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    indexed: bool = False
+    dtype: str = "F16"
+
+
+class Stored(NamedTuple):
+    """A tensor of a safetensors file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+def groups(scheme: Scheme, columns: int) -> int:
+    """Groups of a row of ``columns`` weights."""
+    return 1 if scheme.group_size == -1 else columns // scheme.group_size
+
+
+def packed(scheme: Scheme, linear: str, rows: int, columns: int) -> tuple[Stored, ...]:
+    """The tensors that stand for ``linear.weight`` [rows (out), columns (in)]; its bias is a plain tensor."""
+    many = groups(scheme, columns)
+    rows_packed, columns_packed = words(rows, scheme.bits), words(columns, scheme.bits)
+    if scheme.layout == "pack-quantized":
+        found = (
+            Stored(f"{linear}.weight_packed", "I32", (rows, columns_packed)),
+            Stored(f"{linear}.weight_scale", scheme.dtype, (rows, many)),
+            Stored(f"{linear}.weight_shape", "I64", (2,)),
+        )
+        zeros = Stored(f"{linear}.weight_zero_point", "I32", (rows_packed, many))
+        return found if scheme.symmetric else (*found, zeros)
+    awq = scheme.layout == "awq-gemm"
+    found = (
+        Stored(f"{linear}.qweight", "I32", (columns, rows_packed) if awq else (columns_packed, rows)),
+        Stored(f"{linear}.qzeros", "I32", (many, rows_packed)),
+        Stored(f"{linear}.scales", "F16", (many, rows)),
+    )
+    return found if awq else (*found, Stored(f"{linear}.g_idx", "I32", (columns,)))
+
+
+def words(codes: int, bits: int) -> int:
+    """Words of 32 bits that hold ``codes`` side by side; 3-bit codes run over from one word into the next."""
+    return -(-codes * bits // WORD)
+
+
+# what loaders read ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What a loader accepts of a layout."""
+
+    name: str
+    layouts: tuple[str, ...]
+    kinds: frozenset[tuple[int, bool]]  # bits, symmetric
+    group_sizes: frozenset[int] | None  # None: any
+
+
+def _kinds(*bits: int, asymmetric: bool = True) -> frozenset[tuple[int, bool]]:
+    return frozenset((b, s) for b in bits for s in ((True, False) if asymmetric else (True,)))
+
+
+MARLIN_GROUPS = frozenset({-1, 32, 64, 128})
+
+# transformers reads AWQ and GPTQ through GPTQModel (7.7: SUPPORTS_* of nn_modules/qlinear/torch.py, torch_awq.py) and
+# compressed-tensors (0.20) by itself. vLLM: auto_awq.py, auto_gptq.py (TYPE_MAP; zero points are not even read),
+# compressed_tensors_wNa16.py. GPTQModel adds one to whole words of v1's zero points, so that one which wraps spoils
+# its neighbours: only symmetric files are safe.
+LOADERS = (
+    Loader("transformers", ("awq-gemm",), _kinds(4), frozenset({-1, 16, 32, 64, 128})),
+    Loader("vLLM", ("awq-gemm",), _kinds(4), None),
+    Loader(
+        "transformers",
+        ("gptq",),
+        _kinds(2, 3, 4, 8, asymmetric=False),
+        frozenset({-1, 16, 32, 64, 128, 256, 512, 1024}),
+    ),
+    Loader("transformers", ("gptq_v2",), _kinds(2, 3, 4, 8), frozenset({-1, 16, 32, 64, 128, 256, 512, 1024})),
+    Loader("vLLM", ("gptq", "gptq_v2"), _kinds(4, 8, asymmetric=False), MARLIN_GROUPS),
+    Loader("transformers", ("pack-quantized",), _kinds(2, 3, 4, 5, 6, 7, 8), None),
+    Loader("vLLM", ("pack-quantized",), _kinds(4, 8), MARLIN_GROUPS),
+)
+
+
+def rejections(scheme: Scheme) -> dict[str, str]:
+    """Loaders that do not read such a checkpoint, and why; by the name of the loader."""
+    found = {}
+    for loader in LOADERS:
+        if scheme.layout not in loader.layouts:
+            continue
+        kind = f"{scheme.bits} bits, {'symmetric' if scheme.symmetric else 'asymmetric'}"
+        if (scheme.bits, scheme.symmetric) not in loader.kinds:
+            found[loader.name] = f"does not read {scheme.layout} of {kind}"
+        elif loader.group_sizes is not None and scheme.group_size not in loader.group_sizes:
+            sizes = ", ".join(map(str, sorted(loader.group_sizes)))
+            found[loader.name] = f"reads {scheme.layout} in groups of {sizes}, not {scheme.group_size}"
+    return found
+
+
+def refusal(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+    """Why no loader reads such a checkpoint, or None; ``shapes`` holds [out, in] of each linear by name."""
+    if scheme.layout not in LAYOUTS:
+        return f"there is no layout {scheme.layout!r}; layouts: {', '.join(LAYOUTS)}"
+    if scheme.indexed and not scheme.layout.startswith("gptq"):
+        return f"{scheme.layout} holds no index of groups, which this order of columns needs"
+    rejected = rejections(scheme)
+    if all(loader.name in rejected for loader in LOADERS if scheme.layout in loader.layouts):
+        return "; ".join(f"{name} {why}" for name, why in rejected.items())
+    misfits = (_misfit(scheme, *shape) for shape in shapes.values())
+    return next((f"{name} {why}" for name, why in zip(shapes, misfits, strict=True) if why), None)
+
+
+def _misfit(scheme: Scheme, rows: int, columns: int) -> str | None:
+    if scheme.group_size != -1 and columns % scheme.group_size:
+        return f"has {columns} columns, no multiple of the group size {scheme.group_size}"
+    lane = WORD // scheme.bits if WORD % scheme.bits == 0 else WORD  # codes that fill whole words
+    by_rows = scheme.layout != "pack-quantized" or not scheme.symmetric
+    if (by_rows and rows % lane) or (scheme.layout != "awq-gemm" and columns % lane):
+        return f"is [{rows}, {columns}]: packed dimensions must be multiples of {lane}"
+    return None
+
+
+# quantization_config of config.json ----------------------------------------------------------------------------------
+
+
+def quantization_config(scheme: Scheme, skipped: Sequence[str]) -> dict[str, Any]:
+    """What loaders look for in ``config.json``; ``skipped``: linears that stay as they are, by full name.
+
+    The head is never quantized. Full names matter: loaders match parts of names, and ``gate`` is in ``gate_proj``.
+    """
+    kept = ["lm_head", *(name for name in skipped if name != "lm_head")]
+    if scheme.layout == "pack-quantized":
+        return _compressed_tensors(scheme, kept)
+    shared = {"bits": scheme.bits, "group_size": scheme.group_size}
+    if scheme.layout == "awq-gemm":
+        extra = {"zero_point": True, "version": "gemm", "modules_to_not_convert": kept}
+        return {"quant_method": "awq", **shared, **extra}
+    return {
+        "quant_method": "gptq", **shared, "desc_act": scheme.indexed, "sym": scheme.symmetric, "lm_head": False,
+        "checkpoint_format": scheme.layout, "pack_dtype": "int32", "static_groups": False, "true_sequential": False,
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept[1:]},
+        "meta": {"quantizer": ["qbuild"]},
+    }  # fmt: skip
+
+
+def _compressed_tensors(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:
+    grouped = scheme.group_size != -1
+    weights = {
+        "num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False, "actorder": None,
+        "strategy": "group" if grouped else "channel", "group_size": scheme.group_size if grouped else None,
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": ignored, "kv_cache_scheme": None, "global_compression_ratio": None,
+    }  # fmt: skip

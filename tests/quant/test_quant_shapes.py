@@ -1,0 +1,106 @@
+"""Checkpoints that no loader would read are refused before any weight is, and the sizes of the others are known."""
+
+from __future__ import annotations
+
+import sys
+from subprocess import run
+
+import pytest
+
+from qbuild.quant.shapes import LAYOUTS, Scheme, packed, quantization_config, refusal, rejections
+
+FITS = {"q_proj": (64, 128)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_what_loaders_read_is_not_refused(layout: str, group_size: int) -> None:
+    assert refusal(Scheme(layout, 4, group_size, True), FITS) is None
+    assert rejections(Scheme(layout, 4, group_size, True)) == {}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "said"),
+    [
+        (Scheme("gguf", 4, 64, True), (64, 128), "no layout 'gguf'"),
+        (Scheme("awq-gemm", 8, 64, False), (64, 128), "awq-gemm of 8 bits"),
+        (Scheme("awq-gemm", 4, 64, False, indexed=True), (64, 128), "no index of groups"),
+        (Scheme("pack-quantized", 4, 64, True, indexed=True), (64, 128), "no index of groups"),
+        (Scheme("gptq", 4, 64, False), (64, 128), "gptq of 4 bits, asymmetric"),
+        (Scheme("gptq", 5, 64, True), (64, 128), "gptq of 5 bits"),
+        (Scheme("gptq", 4, 8, True), (64, 128), "not 8"),
+        (Scheme("awq-gemm", 4, 128, False), (64, 192), "group size 128"),
+        (Scheme("awq-gemm", 4, 64, False), (60, 128), "multiples of 8"),
+        (Scheme("gptq", 4, -1, True), (64, 124), "multiples of 8"),
+        (Scheme("gptq", 3, -1, True), (48, 64), "multiples of 32"),
+        (Scheme("pack-quantized", 8, -1, False), (62, 64), "multiples of 4"),
+    ],
+)
+def test_what_loaders_reject_is_refused(scheme: Scheme, shape: tuple[int, int], said: str) -> None:
+    assert said in (refusal(scheme, {"q_proj": shape}) or "")
+
+
+def test_a_misfit_is_named_among_linears_that_fit() -> None:
+    shapes = {**FITS, "down_proj": (64, 96)}
+    assert (refusal(Scheme("gptq", 4, 64, True), shapes) or "").startswith("down_proj ")
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme("gptq", 3, 64, True), Scheme("gptq_v2", 4, 64, False), Scheme("gptq", 4, 256, True)],
+)
+def test_what_one_loader_reads_is_no_refusal_but_the_other_is_named(scheme: Scheme) -> None:
+    assert refusal(scheme, {"q_proj": (64, 256)}) is None
+    assert list(rejections(scheme)) == ["vLLM"]
+
+
+def test_names_and_shapes_are_those_of_the_loaders() -> None:
+    """[out, in] = [64, 128], groups of 32: facts of AutoAWQ's, AutoGPTQ's and compressed-tensors' own modules."""
+    as_text = {}
+    for layout in ("awq-gemm", "gptq_v2", "pack-quantized"):
+        stored = packed(Scheme(layout, 4, 32, False, dtype="BF16"), "m", 64, 128)
+        as_text[layout] = [f"{t.name} {t.dtype} {list(t.shape)}" for t in stored]
+    assert as_text["awq-gemm"] == ["m.qweight I32 [128, 8]", "m.qzeros I32 [4, 8]", "m.scales F16 [4, 64]"]
+    assert as_text["gptq_v2"] == [
+        "m.qweight I32 [16, 64]", "m.qzeros I32 [4, 8]", "m.scales F16 [4, 64]", "m.g_idx I32 [128]"
+    ]  # fmt: skip
+    assert as_text["pack-quantized"] == [
+        "m.weight_packed I32 [64, 16]", "m.weight_scale BF16 [64, 4]", "m.weight_shape I64 [2]",
+        "m.weight_zero_point I32 [8, 4]",
+    ]  # fmt: skip
+
+
+def test_three_bits_fill_words_without_holes() -> None:
+    shapes = {t.name: t.shape for t in packed(Scheme("gptq", 3, -1, True), "m", 64, 128)}
+    assert shapes == {"m.qweight": (12, 64), "m.qzeros": (1, 6), "m.scales": (1, 64), "m.g_idx": (128,)}
+
+
+def test_the_size_of_four_bits_in_groups_of_128() -> None:
+    """Codes of half a byte; a group adds a scale of two bytes and half a byte of zero point."""
+    stored = packed(Scheme("awq-gemm", 4, 128, False), "m", 4096, 4096)
+    assert sum(t.nbytes for t in stored) == 4096 * 4096 // 2 + 4096 * 32 * 2 + 4096 * 32 // 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_head_is_never_quantized_and_routers_are_named_in_full(layout: str) -> None:
+    router = "model.layers.0.mlp.gate"
+    config = quantization_config(Scheme(layout, 4, 64, True), [router, "lm_head"])
+    match config["quant_method"]:
+        case "awq":
+            assert config["modules_to_not_convert"] == ["lm_head", router]
+        case "gptq":
+            assert config["lm_head"] is False
+            assert config["dynamic"] == {r"-:^model\.layers\.0\.mlp\.gate$": {}}
+        case _:
+            assert config["ignore"] == ["lm_head", router]
+
+
+def test_a_whole_row_is_a_channel_in_compressed_tensors() -> None:
+    config = quantization_config(Scheme("pack-quantized", 8, -1, True), [])
+    weights = config["config_groups"]["group_0"]["weights"]
+    assert (weights["strategy"], weights["group_size"]) == ("channel", None)
+
+
+def test_planning_loads_neither_torch_nor_numpy() -> None:
+    code = "import qbuild.quant.shapes, sys; print(*{'torch', 'numpy'} & set(sys.modules))"
+    assert run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
