@@ -314,11 +314,15 @@ def _bound(seconds: dict[str, float], made: Plan) -> str:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Atomically: a reader sees the old document or the new one."""
+    write_text(path, json.dumps(document, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: a reader sees the old text or the new one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(document, indent=2) + "\n")
+        beside.write_text(text)
         beside.replace(path)
     except OSError as error:
         raise ConfigError(

@@ -20,7 +20,7 @@ LAYERS = [
     "kernels. arch. quant. calibration.",
     "actions.",
     "schema recipe lower plan inspection",
-    "progress render worker execute",
+    "progress render report. worker execute",
     "fastpath cli.",
     "api __main__",
 ]

@@ -13,6 +13,7 @@ from qbuild import execute, inspection, plan, render, schema
 from qbuild.budget import parse_size
 from qbuild.errors import InputError
 from qbuild.progress import Sink
+from qbuild.report import facts, pages
 from qbuild.store import Store
 
 __all__ = ["VERBS", "Answer", "Request", "Verb"]
@@ -119,21 +120,34 @@ def gc(request: Request) -> Answer:
 
 
 def report(request: Request) -> Answer:
-    """What the builds below ``out`` (or ./outputs) left in their build.json."""
+    """Reports of the builds below ``out`` (or ./outputs), each written beside the build.json that it tells of."""
     out = request.config.out
     folders = [Path(out)] if out else sorted(p.parent for p in Path("outputs").glob("*/build.json"))
-    builds = {}
+    builds, texts = {}, []
     for folder in folders:
-        path = folder / "build.json"
-        try:
-            builds[str(folder)] = json.loads(path.read_text())
-        except OSError as error:
-            remedy = "name a build's folder: out=DIRECTORY"
-            raise InputError(str(path), f"cannot be read: {error.strerror}", remedy) from None
-        except ValueError:
-            raise InputError(str(path), "is not JSON", "build again to write it anew") from None
-    text = "\n".join(f"{folder}\n{render.result(document)}" for folder, document in builds.items())
-    return Answer({"builds": builds}, text or "no build.json below ./outputs; name a build's folder: out=DIRECTORY\n")
+        document = facts.report(_built(folder / "build.json"))
+        builds[str(folder)] = document
+        made = {"report.html": pages.html(document), "report.md": pages.markdown(document)}
+        made["report.json"] = json.dumps(document, indent=2) + "\n"
+        for name, text in made.items():
+            execute.write_text(folder / name, text)
+        texts.append("\n".join([str(folder), render.result(document), *(f"{folder / name}" for name in made), ""]))
+    text = "\n".join(texts) or "no build.json below ./outputs; name a build's folder: out=DIRECTORY\n"
+    return Answer({"builds": builds}, text)
+
+
+def _built(path: Path) -> Any:
+    """What a build.json holds."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        remedy = "name a build's folder: out=DIRECTORY"
+        raise InputError(str(path), f"cannot be read: {error.strerror}", remedy) from None
+    except ValueError:
+        raise InputError(str(path), "is not JSON", "build again to write it anew") from None
+    if not isinstance(document, dict) or facts.REQUIRED - document.keys():
+        raise InputError(str(path), "is not what a build writes", "build again to write it anew")
+    return document
 
 
 def _store(request: Request) -> Store:
@@ -149,5 +163,5 @@ VERBS: dict[str, Verb] = {
     "verify": Verb(verify, "hash the store and the outputs again; damage is dropped and rebuilt"),
     "graph": Verb(graph, "the graph as a tree, or graph.format=dot|mermaid"),
     "gc": Verb(gc, "free what no output needs; -n only says what"),
-    "report": Verb(report, "what past builds made, from their build.json"),
+    "report": Verb(report, "a page, a model card and JSON of what past builds made, beside their build.json"),
 }

@@ -33,7 +33,8 @@ def built(config: schema.Config) -> dict[str, Any]:
         for name in config.targets
     }
     totals = {"computed": 3, "reused": 0, "read_bytes": 10, "written_bytes": 10, "seconds": {}, "wall_seconds": 0.5}
-    return {"model": {"name": "m", "source": "x"}, "targets": targets, "totals": totals, "versions": {}}
+    model = {"name": "m", "source": "x", "revision": None, "files": {}, "inputs": "d/2"}
+    return {"model": model, "targets": targets, "totals": totals, "jobs": {}, "versions": {"qbuild": "0"}}
 
 
 class Engine:
@@ -228,14 +229,28 @@ def test_completion_can_be_installed(qbuild: Run, shell: str) -> None:
     assert "complete" in done.out
 
 
-def test_report_shows_what_builds_left(qbuild: Run, project: Path) -> None:
+def test_report_writes_a_page_a_card_and_data_of_what_builds_left(qbuild: Run, project: Path) -> None:
     folder = project / "outputs" / "m"
     folder.mkdir(parents=True)
     document = built(schema.Config(targets={"q8_0": schema.GgufTarget()}))
     (folder / "build.json").write_text(json.dumps(document))
-    assert qbuild("report", "format=json").document["builds"]["outputs/m"] == document
-    assert "m-q8_0.gguf" in qbuild("report").out
+    told = qbuild("report", "format=json").document["builds"]["outputs/m"]
+    assert told["targets"]["q8_0"].items() >= document["targets"]["q8_0"].items()
+    assert json.loads((folder / "report.json").read_text()) == told
+    text = qbuild("report").out
+    assert "m-q8_0.gguf" in text
+    assert "outputs/m/report.html" in text
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert "m-q8_0.gguf" in (folder / "report.md").read_text().replace("\\", "")
     assert qbuild("report", "out=elsewhere").code == 4
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": {}}'])
+def test_a_report_of_what_is_no_record_of_a_build_is_refused(qbuild: Run, project: Path, text: str) -> None:
+    (project / "build.json").write_text(text)
+    done = qbuild("report", "out=.", "format=json")
+    assert done.code == 4
+    assert done.error["place"] == "build.json"
 
 
 def test_status_verify_and_gc_of_an_empty_store(qbuild: Run) -> None:

@@ -1,0 +1,63 @@
+"""build.json → the report's own document: what it held, and what follows from it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+__all__ = ["METRICS", "REQUIRED", "commands", "pareto", "report"]
+
+Document = Mapping[str, Any]
+_GENERATE = "from transformers import pipeline; print(pipeline('text-generation', {path!r})('Once upon a time'))"
+REQUIRED = frozenset({"model", "targets", "totals", "jobs", "versions"})
+METRICS = ("kl", "perplexity")  # of a target's evaluation; less is better, and zero the least there can be
+
+
+def report(built: Document) -> dict[str, Any]:
+    """All that ``build.json`` holds, and for each target its ``file``, ``commands``, ``evaluation`` and ``front``.
+
+    ``front`` says by metric whether no other target is as small and as good. Where nothing was evaluated,
+    ``evaluation`` and ``front`` are null.
+    """
+    measured: Document = (built.get("evaluation") or {}).get("targets", {})
+    sizes = {name: target["bytes"] for name, target in built["targets"].items() if name in measured}
+    fronts = {metric: pareto({n: (sizes[n], measured[n][metric]) for n in sizes}) for metric in METRICS}
+    targets = {}
+    for name, target in built["targets"].items():
+        file = PurePath(target["path"]).name
+        targets[name] = dict(target) | {
+            "file": file,
+            "commands": commands(file),
+            "evaluation": measured.get(name),
+            "front": {metric: name in front for metric, front in fronts.items()} if name in measured else None,
+        }
+    return {"evaluation": None, "calibration": None} | dict(built) | {"targets": targets}
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:
+    """The names that no other point beats: none is at most as large in both and smaller in one."""
+
+    def beaten(name: str) -> bool:
+        x, y = points[name]
+        return any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
+
+    return {name for name in points if not beaten(name)}
+
+
+def commands(file: str) -> list[dict[str, str]]:
+    """How to run a file, in the folder where it lies: ``{"program", "command"}`` for each program that loads it."""
+    path = shlex.quote(f"./{file}" if file.startswith("-") else file)
+    if file.endswith((".imatrix", "-imatrix.gguf")):
+        return [{"program": "llama.cpp", "command": f"llama-quantize --imatrix {path} MODEL-F16.gguf Q4_K_M"}]
+    if file.endswith(".gguf"):
+        return [
+            {"program": "llama.cpp", "command": f"llama-cli -m {path} -p 'Once upon a time'"},
+            {"program": "llama.cpp, as a server", "command": f"llama-server -m {path} --port 8080"},
+        ]
+    folder = shlex.quote(f"./{file}")  # without a slash both programs look for a model of that name on the Hub
+    return [
+        {"program": "vLLM", "command": f"vllm serve {folder}"},
+        {"program": "transformers", "command": f"python -c {shlex.quote(_GENERATE.format(path=f'./{file}'))}"},
+    ]
