@@ -22,7 +22,7 @@ OUTTYPES = ("auto", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows ``start`` to ``stop`` (None: to the end) of a source tensor seen as [rows, last dimension]."""
+    """Rows ``start`` to ``stop`` (None: to the end) of a source tensor seen as [rows, columns of what it becomes]."""
 
     source: str
     start: int = 0
@@ -35,11 +35,12 @@ class Transform:
 
     ``permute``: the rows of each head go from halves to pairs, which undoes what HF did to q and k;
     ``qkv``: a bias whose heads hold q, k and v in turn becomes all q, all k, all v;
+    ``transpose``: each matrix of ``unit`` rows comes from one of ``unit`` columns;
     ``add_one``: in the arithmetic of the source's type, except that bfloat16 is widened first.
     """
 
     kind: str = "none"
-    unit: int = 1  # rows that belong together: those of one head
+    unit: int = 1  # rows that belong together: those of one head, or one matrix
 
     def apply(self, chunk: np.ndarray) -> np.ndarray:
         """Transform whole units of rows; ``chunk`` is [rows, cols], bfloat16 as uint16."""
@@ -48,6 +49,9 @@ class Transform:
                 chunk = (chunk.astype(np.uint32) << 16).view(np.float32)
             more: np.ndarray = chunk + chunk.dtype.type(1)
             return more
+        if self.kind == "transpose":
+            matrices = chunk.reshape(-1, chunk.shape[1], self.unit).swapaxes(1, 2)
+            return np.ascontiguousarray(matrices).reshape(chunk.shape)
         if self.kind == "qkv":
             return np.ascontiguousarray(chunk.reshape(-1, 3, self.unit).swapaxes(0, 1)).reshape(chunk.shape)
         if self.kind != "permute":
@@ -115,6 +119,16 @@ def rotated(config: Mapping[str, Any], part: float) -> int:
 SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
 
 
+def _latent_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """The letters of multi-head latent attention."""
+    n, rank, values = config["num_attention_heads"], config["kv_lora_rank"], config["v_head_dim"]
+    plain, rotated_part = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    return {
+        "r": rank, "t": rank + rotated_part, "u": config.get("q_lora_rank", 0), "i": n * (plain + rotated_part),
+        "o": plain, "w": values, "x": n * (plain + values), "y": n * values,
+    }  # fmt: skip
+
+
 class _Shapes:
     """Letters of the families' rows as numbers, and which rows a layer has."""
 
@@ -127,6 +141,7 @@ class _Shapes:
         try:
             self.layers: int = config["num_hidden_layers"]
             self.size = self._sizes(config)
+            self.dense: int = config.get("first_k_dense_replace", 0 if self.size["e"] else self.layers)
         except KeyError as error:
             raise InputError(place, f"config.json has no {error.args[0]}", "fetch config.json again") from None
 
@@ -135,8 +150,11 @@ class _Shapes:
         n, hidden, ff = config["num_attention_heads"], config["hidden_size"], config["intermediate_size"]
         g, d = config.get("num_key_value_heads", n), config.get("head_dim", hidden // n)
         size = {"h": hidden, "f": ff, "v": config["vocab_size"], "n": n, "g": g, "d": d, "q": n * d, "k": g * d, "1": 1}
-        size["e"] = find(config, "num_local_experts", "num_experts") or 0
-        size |= {"m": config.get("moe_intermediate_size", ff), "s": find(config, *SHARED) or ff}
+        size["e"] = find(config, "num_local_experts", "num_experts", "n_routed_experts") or 0
+        m = config.get("moe_intermediate_size", ff)
+        size |= {"m": m, "s": find(config, *SHARED) or m * config.get("n_shared_experts", 0) or ff}
+        if "kv_lora_rank" in config:
+            size |= _latent_sizes(config)
         return size | {"b": size["q"] + 2 * size["k"], "F": 2 * ff}
 
     def of(self, row: Row) -> tuple[int, ...]:
@@ -145,14 +163,18 @@ class _Shapes:
 
     def source(self, row: Row) -> tuple[int, ...]:
         """The shape of the tensor (of each, where several are stacked) in the checkpoint."""
+        if row.source:
+            return tuple(self.size[letter] for letter in row.source)
         shape = list(self.of(row))
         if len(shape) > 1:
             shape[-2] *= row.part[1]
         return tuple(shape[1:] if "*" in row.hf else shape)
 
-    def expects(self, row: Row) -> bool:
-        """Whether a checkpoint of this configuration must have the row."""
+    def expects(self, row: Row, layer: int) -> bool:
+        """Whether a checkpoint of this configuration must have the row; ``layer`` as for ``names``."""
         config, when = self.config, row.when
+        if when in ("dense", "sparse"):
+            return (layer < self.dense) == (when == "dense")
         if when == "fused" or "*" in row.hf:
             return self.fused == (when == "fused")
         if when.startswith("!"):
@@ -178,7 +200,7 @@ def _expected(shapes: _Shapes) -> list[tuple[str, tuple[int, ...]]]:
     found: dict[str, tuple[int, ...]] = {}
     for layer, rows in ((-1, shapes.rules.outer), *((i, shapes.rules.layer) for i in range(shapes.layers))):
         for row in rows:
-            if shapes.expects(row):
+            if shapes.expects(row, layer):
                 found |= dict.fromkeys(shapes.names(row, layer), shapes.source(row))
     return sorted(found.items())
 
@@ -247,6 +269,8 @@ class _Converter:
         for name in self.tensors:
             match = layered.fullmatch(name)
             layer, rest = (int(match[1]), match[2]) if match else (-1, name)
+            if layer >= self.shapes.layers and self.rules.spare_layers:
+                continue
             number = NUMBER.search(rest) if match else None
             rows = (layer_rows if match else outer_rows).get(NUMBER.sub(".*.", rest), [])
             if not rows or layer >= self.shapes.layers or (number and int(number[1]) >= self.shapes.count(rows[0])):
@@ -278,6 +302,8 @@ class _Converter:
 
     def _shape(self, row: Row, sources: Sequence[SourceTensor]) -> tuple[int, ...]:
         """What the tensors make, so that what is not checked against the configuration is still what is there."""
+        if row.source:
+            return self.shapes.of(row)
         shape = list(sources[0].shape)
         if row.part[1] > 1:
             shape[-2] //= row.part[1]
@@ -306,12 +332,29 @@ class _Converter:
             head = self.shapes.size["d"]
             for part in range(3):
                 yield from (Piece(source.name, at, at + head) for at in range(part * head, rows, 3 * head))
+        elif row.change in ("k_b", "v_b"):
+            yield from self._latent_pieces(row, source)
         elif row.gguf == "token_embd.weight" and self.rules.real_rows:
             yield Piece(source.name, 0, min(rows, self._vocabulary()))
         else:
             yield Piece(source.name)
 
+    def _latent_pieces(self, row: Row, source: SourceTensor) -> Iterator[Piece]:
+        """Each head's rows for keys, or for values; keys are transposed, so their rows count in their new columns."""
+        n, plain, values, rank = (self.shapes.size[letter] for letter in "nowr")
+        if row.change == "v_b":
+            heads = range(plain, n * (plain + values), plain + values)
+            yield from (Piece(source.name, at, at + values) for at in heads)
+            return
+        if values * rank % plain:
+            fact = f"heads of {plain} and {values} with a rank of {rank} are not supported"
+            raise InputError(self.place, fact, "convert it with llama.cpp, then model.source=FILE.gguf")
+        heads = range(0, n * (plain + values) * rank // plain, (plain + values) * rank // plain)
+        yield from (Piece(source.name, at, at + rank) for at in heads)
+
     def _transform(self, row: Row) -> Transform:
+        if row.change == "k_b":
+            return Transform("transpose", self.shapes.size["r"])
         if row.change in ("permute_q", "permute_k"):
             return Transform("permute", self.shapes.size["d"])
         if row.change == "qkv" and len(row.shape) == 1:
@@ -414,7 +457,7 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         rules = family(checkpoint.config, checkpoint.source)
         shapes = _Shapes(settings(checkpoint.config, rules), rules, checkpoint.source)
         arch, n_layer, n_expert = rules.arch, shapes.layers, shapes.size["e"]
-        n_head, n_kv = shapes.size["n"], shapes.size["g"]
+        n_head, n_kv = shapes.size["n"], 1 if rules.one_kv_head else shapes.size["g"]
     is_70b = LAYERS_OF_70B.get(arch) == n_layer and (arch != "llama" or n_head != n_kv)
     parameters = sum(prod(t.shape) for t in checkpoint.tensors.values())
     return ModelFacts(arch, n_layer, n_head, n_kv, n_expert, is_70b, parameters)

@@ -5,12 +5,18 @@ A row is one tensor of the GGUF file. Its shape is written in letters, one for e
     h hidden   f feed-forward   v vocabulary   q, k rows of the query and of the key or value projection   d head
     e experts   m feed-forward of an expert   s of the shared expert   b query, key and value rows in one
     F two times f
+    n query heads   g key-value heads
+
+Of multi-head latent attention:
+
+    r rank of keys and values   t r and the rotated part of a key   u rank of queries   i query rows
+    o part of a head that is not rotated   w values of a head   x rows of o and w, all heads   y of w
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 __all__ = ["FAMILIES", "Family", "Row"]
@@ -20,8 +26,10 @@ class Row(NamedTuple):
     """``hf`` is below the layer's prefix; a ``*`` in it is an expert's number: all experts are stacked.
 
     ``when``: empty, always there; a config key, there when it is true; ``!key``, when it is false; ``?``, welcome but
-    never missed; ``moe``, with experts in tensors of their own; ``fused``, with all of a layer's in one.
-    ``change``: what happens to the values or rows, see ``convert.Transform``; ``part``: (which, of how many) rows.
+    never missed; ``fused``, with all experts of a layer in one tensor; ``dense``, in the leading layers that have no
+    experts; ``sparse``, in those that follow.
+    ``change``: what happens to the values or rows, see ``convert.Transform``; ``part``: (which, of how many) rows;
+    ``source``: the shape in the checkpoint, where ``shape`` does not tell.
     """
 
     hf: str
@@ -30,6 +38,7 @@ class Row(NamedTuple):
     when: str = ""
     change: str = ""
     part: tuple[int, int] = (0, 1)
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class Family:
     rope: str = ""  # which generated tensors of rope factors it may have: llama3, longrope
     refused: tuple[str, ...] = ()  # config keys that must not be set: llama.cpp does not convert such models either
     real_rows: bool = False  # the embedding loses its rows beyond the tokenizer's vocabulary
+    spare_layers: bool = False  # layers beyond the last (they predict several tokens) are left out
+    one_kv_head: bool = False  # as llama.cpp counts them: latent attention has one for all
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -121,6 +132,22 @@ QWEN_EXPERTS = (
     Row("mlp.experts.down_proj", "ffn_down_exps.weight", "ehm", "fused"),
     Row("mlp.experts.gate_up_proj", "ffn_gate_exps.weight", "emh", "fused", "", (0, 2)),
     Row("mlp.experts.gate_up_proj", "ffn_up_exps.weight", "emh", "fused", "", (1, 2)),
+)
+DEEPSEEK_EXPERTS = (
+    *(row._replace(when="sparse") for row in QWEN_EXPERTS[:4]),
+    *(row for row in _mlp("", "sparse", "_shexp", "mlp.shared_experts", "s") if row.gguf.endswith("weight")),
+)
+EXPERT_BIAS = Row("mlp.gate.e_score_correction_bias", "exp_probs_b.bias", "e", "sparse")
+LATENT_ATTENTION = (
+    Row("self_attn.q_proj.weight", "attn_q.weight", "ih", "!q_lora_rank"),
+    Row("self_attn.q_a_proj.weight", "attn_q_a.weight", "uh", "q_lora_rank"),
+    Row("self_attn.q_a_layernorm.weight", "attn_q_a_norm.weight", "u", "q_lora_rank"),
+    Row("self_attn.q_b_proj.weight", "attn_q_b.weight", "iu", "q_lora_rank"),
+    Row("self_attn.kv_a_proj_with_mqa.weight", "attn_kv_a_mqa.weight", "th"),
+    Row("self_attn.kv_a_layernorm.weight", "attn_kv_a_norm.weight", "r"),
+    Row("self_attn.kv_b_proj.weight", "attn_k_b.weight", "nro", "", "k_b", source="xr"),
+    Row("self_attn.kv_b_proj.weight", "attn_v_b.weight", "nwr", "", "v_b", source="xr"),
+    Row("self_attn.o_proj.weight", "attn_output.weight", "hy"),
 )
 SHARED_EXPERT = (
     *_mlp("?", "", "_shexp", "mlp.shared_expert", "s"),
@@ -217,6 +244,14 @@ GEMMA3 = Family(
     real_rows=True,
     defaults=GEMMA3_TEXT,
 )
+DEEPSEEK2 = Family(
+    "deepseek2",
+    (*LLAMA_NORMS, *LATENT_ATTENTION, *_no_bias(_mlp("", "dense")), *DEEPSEEK_EXPERTS),
+    OUTER,
+    spare_layers=True,
+    one_kv_head=True,
+)
+DEEPSEEK3 = replace(DEEPSEEK2, layer=(*DEEPSEEK2.layer, EXPERT_BIAS))
 OLMO2 = Family("olmo2", (*OLMO_NORMS, *_attention("attention_bias", "attention_bias"), *WIDE_NORMS, *_mlp()), OUTER)
 
 FAMILIES: dict[str, Family] = {
@@ -253,6 +288,8 @@ FAMILIES: dict[str, Family] = {
         "qwen2moe", QWEN2MOE_LAYER, OUTER, refused=("mlp_only_layers",), defaults={"qkv_bias": True}
     ),
     "Qwen3MoeForCausalLM": Family("qwen3moe", (*QWEN3_LAYER, *QWEN_EXPERTS), OUTER, refused=("mlp_only_layers",)),
+    "DeepseekV2ForCausalLM": DEEPSEEK2,
+    "DeepseekV3ForCausalLM": DEEPSEEK3,
     "GemmaForCausalLM": Family(
         "gemma",
         _plus_one(*LLAMA_NORMS, *_attention("attention_bias", "attention_bias"), *_mlp()),

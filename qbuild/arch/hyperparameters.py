@@ -34,9 +34,12 @@ AFTER_ROPE = (
     ("expert_used_count", "num_experts_per_tok", "num_experts_per_token", "top_k_experts"),
     ("expert_group_count", "n_group"),
     ("expert_group_used_count", "topk_group"),
+    ("expert_gating_func", "score_function", "scoring_func", "score_func", "moe_router_activation",
+     "moe_router_activation_func", "expert_selection_fn"),
     ("key_length", "head_dim"),
     ("value_length", "head_dim"),
-)
+)  # fmt: skip
+GATING = ("softmax", "sigmoid", "sqrtsoftplus")
 # Families that do not use the general list: all of theirs, in order. These keys must be there.
 OWN: dict[str, tuple[tuple[str, str], ...]] = {}
 OWN["gemma"] = (
@@ -108,6 +111,8 @@ def parameters(arch: str, config: Values, folder: Path) -> tuple[Values, Values]
         return _longrope(config, rope) if arch == "phi3" else {}, _own(OWN[arch], {**config, **derived})
     if arch in ("granite", "granitemoe"):
         config = {k: v for k, v in config.items() if k != "head_dim"}
+    if arch == "deepseek2":
+        config = {"rms_norm_eps": 1e-6, **config, "num_key_value_heads": 1}
     values = _common(config, rope)
     if arch in EXTRAS:
         values |= EXTRAS[arch](config, rope)
@@ -158,7 +163,19 @@ def _common(config: Values, rope: Values) -> Values:
     sliding = rope.get("sliding_attention", {}).get("rope_theta")
     if sliding is not None:
         values["rope_freq_base_swa"] = sliding
-    return values | _listed(AFTER_ROPE, config)
+    values |= _listed(AFTER_ROPE, config)
+    if "expert_gating_func" in values:
+        values["expert_gating_func"] = _gating(values["expert_gating_func"])
+    return values
+
+
+def _gating(name: str) -> Any:
+    import gguf
+
+    if name not in GATING:
+        raise InputError("config.json", f"experts are chosen by {name!r}, which llama.cpp does not convert either",
+                         "one of: " + ", ".join(GATING))  # fmt: skip
+    return gguf.ExpertGatingFuncType[name.upper()]
 
 
 def _rope_scaling(rope: Values) -> Values:
@@ -228,6 +245,33 @@ def _qwen_moe(config: Values, _: Values) -> Values:
         ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
     )
     return _listed(keys, config)
+
+
+def _deepseek2(config: Values, rope: Values) -> Values:
+    """Latent attention: one key-value head as wide as the ranks, and what a head is once it is unpacked."""
+    rank, rotated_part = config.get("kv_lora_rank", 512), config["qk_rope_head_dim"]
+    experts = config.get("n_routed_experts")
+    values = {
+        "leading_dense_block_count": config.get("first_k_dense_replace"),
+        "vocab_size": config["vocab_size"],
+        "q_lora_rank": config.get("q_lora_rank"),
+        "kv_lora_rank": rank,
+        "key_length": rank + rotated_part,
+        "value_length": rank,
+        "key_length_mla": config["qk_nope_head_dim"] + rotated_part,
+        "value_length_mla": config["v_head_dim"],
+        "expert_feed_forward_length": find(config, "moe_intermediate_size", "intermediate_size"),
+        "expert_count": experts,
+        "expert_shared_count": config.get("n_shared_experts", 0),
+        "expert_weights_scale": config.get("routed_scaling_factor"),
+        "expert_weights_norm": config.get("norm_topk_prob") or None,
+        "rope_dimension_count": rotated_part,
+    }
+    if values["leading_dense_block_count"] is None:
+        values["leading_dense_block_count"] = config["num_hidden_layers"] if experts is None else 0
+    if rope.get("mscale_all_dim") is not None:
+        values["rope_scaling_yarn_log_mul"] = 0.1 * rope["mscale_all_dim"]
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _gemma3(config: Values, rope: Values) -> Values:
@@ -337,6 +381,7 @@ EXTRAS: dict[str, Extra] = {
     "nemotron": _nemotron,
     "qwen2moe": _qwen_moe,
     "qwen3moe": _qwen_moe,
+    "deepseek2": _deepseek2,
     "gemma3": _gemma3,
     "olmo": _olmo,
     "olmo2": _olmo2,

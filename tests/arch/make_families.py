@@ -31,6 +31,7 @@ WEIGHED = {  # what is also made with an importance matrix, each expert of a sta
     "mixtral-8": ("Q4_K_M", "IQ2_M", "Q5_1"),
     "qwen3moe-fused": ("Q4_0", "IQ3_M"),
     "granite-moe-shared": ("Q4_K_M", "IQ4_NL"),
+    "deepseek2-lite": ("Q4_0",),
 }
 BASE = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -42,6 +43,12 @@ NARROW = {"hidden_size": 128, "vocab_size": 46592, "intermediate_size": 256}  # 
 LONGROPE = {"type": "longrope", "long_factor": [1.0 + i / 7 for i in range(32)], "short_factor": [1.0] * 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+    "num_hidden_layers": 3, "n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64, "moe_layer_freq": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
 GEMMA3 = {"head_dim": 64, "sliding_window": 512, "query_pre_attn_scalar": 64, "tie_word_embeddings": True}
 
 
@@ -111,11 +118,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2moe": bpe("Qwen2MoeForCausalLM", "qwen2_moe", **MOE, shared_expert_intermediate_size=128),
     "qwen3moe": bpe("Qwen3MoeForCausalLM", "qwen3_moe", **MOE, head_dim=32),
     "qwen3moe-fused": bpe("Qwen3MoeForCausalLM", "qwen3_moe", **MOE, head_dim=32, _fused=True),
+    "deepseek2-lite": bpe(
+        "DeepseekV2ForCausalLM", "deepseek_v2", **LATENT, q_lora_rank=None, norm_topk_prob=False,
+        routed_scaling_factor=1.0, scoring_func="softmax", topk_method="greedy", n_group=1, topk_group=1,
+        rope_scaling=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    "deepseek3": bpe(
+        "DeepseekV3ForCausalLM", "deepseek_v3", **LATENT | {"v_head_dim": 64, "first_k_dense_replace": 2},
+        q_lora_rank=96, norm_topk_prob=True, routed_scaling_factor=2.5, scoring_func="sigmoid",
+        topk_method="noaux_tc", n_group=2, topk_group=1, num_nextn_predict_layers=1,
+        _extra={
+            "model.layers.3.self_attn.o_proj.weight": (128, 256),
+            "model.layers.3.mlp.experts.0.up_proj.weight": (64, 128),
+        },
+    ),
     "gemma": family("GemmaForCausalLM", "gemma", head_dim=64, tie_word_embeddings=None),
     "gemma-float16": family("GemmaForCausalLM", "gemma", head_dim=64, tie_word_embeddings=None, _dtypes=("F16",)),
     "gemma2": family(
         "Gemma2ForCausalLM", "gemma2", head_dim=64, tie_word_embeddings=None, attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0, sliding_window=1024, query_pre_attn_scalar=64, _extra=("lm_head.weight",),
+        final_logit_softcapping=30.0, sliding_window=1024, query_pre_attn_scalar=64, _extra={"lm_head.weight": (8, 64)},
     ),
     "gemma3": family("Gemma3ForCausalLM", "gemma3_text", **GEMMA3, rope_local_base_freq=10000.0),
     "gemma3-linear-rope": family(
@@ -127,7 +148,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "text_config": {**BASE, **GEMMA3, "model_type": "gemma3_text", "num_hidden_layers": 2},
         "vision_config": {"hidden_size": 64, "model_type": "siglip_vision_model"},
         "_prefix": "language_model.",
-        "_extra": ("vision_tower.vision_model.embeddings.patch_embedding.weight", "multi_modal_projector.a.weight"),
+        "_extra": {
+            "vision_tower.vision_model.embeddings.patch_embedding.weight": (8, 64),
+            "multi_modal_projector.a.weight": (8, 64),
+        },
     },
     "phi3": family("Phi3ForCausalLM", "phi3", original_max_position_embeddings=2048, sliding_window=1024),
     "phi3-longrope": family(
@@ -165,7 +189,7 @@ def shapes(name: str) -> list[tuple[str, tuple[int, ...]]]:
     if over.get("_fused"):
         found = fused(dict(found), config)
     named = [(over.get("_prefix", "") + tensor, shape) for tensor, shape in found]
-    return sorted([*named, *((extra, (8, 64)) for extra in over.get("_extra", ()))])
+    return sorted([*named, *over.get("_extra", {}).items()])
 
 
 def fused(tensors: dict[str, tuple[int, ...]], config: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
