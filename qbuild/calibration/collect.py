@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from qbuild.calibration.statistics import Input, Statistics
+from qbuild.calibration.statistics import Input, Statistics, mirrored
 from qbuild.errors import InputError
 
 __all__ = ["Collector"]
+
+BLOCK = 256  # rows of a Gram matrix that are summed by one product
 
 
 @dataclass
@@ -36,7 +38,8 @@ class _Sums:
         self.diagonal += x.square().sum(0)
         self.absolute += x.abs().sum(0)
         if self.gram is not None:
-            self.gram.addmm_(x.T, x)
+            for start in range(0, x.shape[1], BLOCK):  # the upper triangle is enough, and half the work
+                self.gram[start : start + BLOCK, start:].addmm_(x[:, start : start + BLOCK].T, x[:, start:])
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Collector(TorchFunctionMode):  # type: ignore[misc]  # torch is not looked
             raise InputError(f"layer {self.layer}", fact, remedy)
         gram = None
         if sums.gram is not None:
-            gram = sums.gram.cpu().numpy()
+            gram = mirrored(sums.gram.cpu().numpy())
             np.fill_diagonal(gram, diagonal)
         return Input(
             name, tuple(sorted(sums.shared)), sums.count, gram, diagonal,

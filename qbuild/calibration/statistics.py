@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from safetensors.numpy import load, save
 
-__all__ = ["Input", "Statistics"]
+__all__ = ["Input", "Statistics", "mirrored"]
 
+BLOCK = 256
 STARVED = 128  # tokens: fewer say little about an expert's inputs
 
 
@@ -105,11 +106,15 @@ def _square(packed: np.ndarray, n: int) -> np.ndarray:
     for row in range(n):
         gram[row, row:] = packed[at : at + n - row]
         at += n - row
-    for start in range(0, n, 256):  # mirrored in blocks: whole columns at a time would miss every cache
-        for other in range(0, start + 1, 256):
-            block = gram[other : other + 256, start : start + 256]
-            if other == start:
-                gram[other : other + 256, start : start + 256] = np.triu(block) + np.triu(block, 1).T
-            else:
-                gram[start : start + 256, other : other + 256] = block.T
+    return mirrored(gram)
+
+
+def mirrored(gram: np.ndarray) -> np.ndarray:
+    """A square matrix with its lower triangle made that of its upper one, in place."""
+    for start in range(0, len(gram), BLOCK):  # in blocks: whole columns at a time would miss every cache
+        rows = slice(start, start + BLOCK)
+        for other in range(0, start, BLOCK):
+            gram[rows, other : other + BLOCK] = gram[other : other + BLOCK, rows].T
+        square = gram[rows, rows]
+        square[:] = np.triu(square) + np.triu(square, 1).T
     return gram
