@@ -7,16 +7,16 @@ tools/quantize and tools/imatrix (facts, no code).
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from qbuild.errors import InputError
-from qbuild.gguffile import GgufHeader, decode_kv, read_header
+from qbuild.gguffile import GgufHeader, GGUFType, decode_kv, encode_kv, header, layout, read_header
 
-__all__ = ["Imatrix", "load"]
+__all__ = ["Imatrix", "dump", "load"]
 
 MAX_DAT = 1 << 30
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -59,6 +59,33 @@ def load(file: str) -> Imatrix:
         if not np.isfinite(values).all():
             raise InputError(file, f"{name} has values that are NaN or infinite", "make the importance matrix anew")
     return found
+
+
+def dump(
+    entries: Mapping[str, tuple[np.ndarray, np.ndarray]], datasets: Sequence[str], chunks: int, chunk_size: int
+) -> bytes:
+    """The GGUF file that llama-imatrix would write.
+
+    ``entries``: by weight name, the sums of squares float32 [matrices, columns] and the rows each matrix saw, float32
+    [matrices] (an expert of its own rows); ``chunk_size`` in tokens.
+    """
+    tensors = []
+    for name, (sums, counts) in sorted(entries.items()):
+        if sums.ndim != 2 or counts.shape != sums.shape[:1]:
+            raise ValueError(f"BUG: {name} has sums {sums.shape} and counts {counts.shape}")
+        tensors += [(name + SUMS, sums), (name + COUNTS, counts.reshape(-1, 1))]
+    kvs = [
+        encode_kv("general.type", "imatrix", GGUFType.STRING),
+        encode_kv("imatrix.datasets", list(datasets), GGUFType.ARRAY, GGUFType.STRING),
+        encode_kv("imatrix.chunk_count", chunks, GGUFType.UINT32),
+        encode_kv("imatrix.chunk_size", chunk_size, GGUFType.UINT32),
+    ]
+    named = [(name, values.shape, "F32") for name, values in tensors]
+    offsets, size = layout(named)
+    data = bytearray(size)
+    for (_, values), offset in zip(tensors, offsets, strict=True):
+        data[offset : offset + 4 * values.size] = values.astype("<f4").tobytes()
+    return header(kvs, named) + bytes(data)
 
 
 def _load_gguf(file: str, path: Path) -> Imatrix:

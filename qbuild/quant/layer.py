@@ -1,0 +1,87 @@
+"""A decoder layer → codes: AWQ's scales where something can take them over, then rounding, plain or GPTQ's.
+
+Both methods live on one statistic, so they go together: scaled weights rounded by GPTQ lose less than either alone, in
+the same files (measured: docs/quality.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qbuild.quant.codes import Codes, Solved
+from qbuild.quant.families import Group
+from qbuild.quant.gptq import gptq
+from qbuild.quant.grid import Grid, clipped, ends, quantize
+from qbuild.quant.scaling import Seen, search, undo
+
+__all__ = ["Params", "solve"]
+
+# Queries and keys meet in a softmax: clipping them hurts more than their own loss says (Lin et al.).
+UNCLIPPED = ("q_proj", "k_proj", "qkv_proj", "query_key_value")
+
+
+@dataclass(frozen=True)
+class Params:
+    """``scaled``: search AWQ's scales first. ``rounding``: gptq, or nearest with clipped ranges. ``order`` and
+    ``damping`` are gptq's."""
+
+    grid: Grid
+    scaled: bool = True
+    rounding: str = "gptq"
+    order: str = "activation"
+    damping: float = 0.05
+
+
+@torch.no_grad()
+def solve(
+    tensors: Mapping[str, torch.Tensor], seen: Callable[[str], Seen], groups: Sequence[Group], params: Params
+) -> Solved:
+    """Quantize the linears of ``groups``. ``tensors``: the layer's weights and biases by checkpoint name, any float
+    dtype; ``seen`` gives what is known of a linear's input. What scaling changed besides comes back in its dtype.
+    """
+    work = {name: tensor.float() for name, tensor in tensors.items()}
+    scales = _scaled(work, seen, groups, params.grid) if params.scaled else {}
+    codes: dict[str, Codes] = {}
+    for name in (name for group in groups for name in group.linears):
+        gram = seen(name).gram
+        if name in scales:
+            gram = gram / scales[name][:, None] / scales[name]
+        codes[name] = _rounded(work[f"{name}.weight"], gram, name, params)
+    changed = [
+        n for n in tensors if n.removesuffix(".weight") not in codes and not torch.equal(work[n], tensors[n].float())
+    ]
+    return Solved(codes, {name: work[name].to(tensors[name].dtype) for name in sorted(changed)})
+
+
+def _scaled(
+    work: dict[str, torch.Tensor], seen: Callable[[str], Seen], groups: Sequence[Group], grid: Grid
+) -> dict[str, torch.Tensor]:
+    """Scale weights in ``work``; returns the scale of each linear's columns that has one."""
+    scales: dict[str, torch.Tensor] = {}
+    for group in groups:
+        if group.producer is None:
+            continue
+        weights = [work[f"{name}.weight"] for name in group.linears]
+        scale = search(weights, seen(group.linears[0]), group, grid)
+        if scale is None:
+            continue
+        for name in group.linears:
+            work[f"{name}.weight"] = work[f"{name}.weight"] * scale
+            scales[name] = scale
+        undo(work, group, scale)
+    return scales
+
+
+def _rounded(weight: torch.Tensor, gram: torch.Tensor, name: str, params: Params) -> Codes:
+    grid = params.grid
+    if params.rounding == "gptq":
+        return gptq(weight, gram, grid, params.order, params.damping)
+    grouped = grid.grouped(weight)
+    plain = name.endswith(UNCLIPPED)
+    scales, zeros = grid.at(*ends(grouped, grid)) if plain else clipped(weight, gram, grid)
+    codes, _ = quantize(grouped, scales[..., None], zeros[..., None], grid.top)
+    made = codes.view_as(weight).to(torch.uint8), scales.half(), zeros.to(torch.uint8)
+    return Codes(*made, grid.bits, grouped.shape[-1], grid.symmetric)

@@ -1,0 +1,227 @@
+"""GPTQ and AWQ on Gram statistics: against a NumPy reference of the paper, the activations themselves, and the model
+that scaling must leave as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn.functional import linear as apply
+
+from qbuild.quant.codes import Codes, Solved
+from qbuild.quant.families import Group, groups
+from qbuild.quant.gptq import gptq
+from qbuild.quant.grid import Grid, clipped, ends, fit, nearest, quantize
+from qbuild.quant.layer import Params, solve
+from qbuild.quant.scaling import Seen, gram_loss, search, undo
+
+Array = np.ndarray[Any, Any]
+
+
+def inputs(columns: int, tokens: int = 400) -> torch.Tensor:
+    """Activations with a few large columns that go together, as those of language models."""
+    torch.manual_seed(columns)
+    mixing = torch.eye(columns) + 0.3 * torch.randn(columns, columns) / columns**0.5
+    return torch.randn(tokens, columns) @ mixing * torch.logspace(-1, 1, columns)[torch.randperm(columns)]
+
+
+def weights(out: int, columns: int) -> torch.Tensor:
+    torch.manual_seed(out + columns)
+    return torch.randn(out, columns) * 0.05
+
+
+def reference(weight: Array, hessian: Array, scale: Array, zero: Array, size: int, top: int, damping: float) -> Array:
+    """Algorithm 1 of Frantar et al. without blocks, columns in their order, grids given; float64."""
+    weight, columns = weight.astype(np.float64).copy(), weight.shape[1]
+    hessian = hessian.astype(np.float64) + damping * np.diag(hessian).mean() * np.eye(columns)
+    factor = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    codes = np.empty(weight.shape, np.int64)
+    for column in range(columns):
+        s, z = scale[:, column // size], zero[:, column // size]
+        codes[:, column] = np.clip(np.round(weight[:, column] / s) + z, 0, top)
+        error = (weight[:, column] - (codes[:, column] - z) * s) / factor[column, column]
+        weight[:, column:] -= np.outer(error, factor[column, column:])
+    return codes
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_rounds_as_the_paper_says(bits: int, symmetric: bool) -> None:
+    weight, x = weights(48, 192), inputs(192)
+    grid = Grid(bits, 32, symmetric)
+    made = gptq(weight, x.T @ x, grid, "natural", 0.05)
+    scale, zero = (t.numpy().astype(np.float64) for t in fit(weight, grid))
+    wanted = reference(weight.numpy(), (2 * x.T @ x).numpy(), scale, zero, 32, grid.top, 0.05)
+    differing = (made.codes.numpy() != wanted).mean()
+    assert differing < 0.002  # float32 against float64: a code next to a tie may go the other way
+
+
+@pytest.mark.parametrize("order", ["natural", "activation", "group"])
+def test_gptq_loses_less_than_plain_rounding(order: str) -> None:
+    weight, x = weights(64, 256), inputs(256)
+    gram, grid = x.T @ x, Grid(4, 64, True)
+    made = gptq(weight, gram, grid, order, 0.05).dequantize()
+    assert gram_loss(weight - made, gram) < 0.7 * gram_loss(weight - nearest(weight, grid), gram)
+
+
+def test_columns_that_no_token_reached_do_not_stop_gptq() -> None:
+    weight, x = weights(16, 64), inputs(64)
+    x[:, [3, 40]] = 0
+    made = gptq(weight, x.T @ x, Grid(4, 32, True), "activation", 0.05)
+    scales = made.scales.float()
+    error = (made.dequantize() - weight)[:, [3, 40]].abs()
+    assert (error <= 4.1 * scales[:, [0, 1]]).all()  # a code still, if clipped to a narrow range
+
+
+def test_a_gram_matrix_of_few_tokens_is_damped_until_it_can_be_factored() -> None:
+    x = inputs(128, tokens=3)
+    made = gptq(weights(8, 128), x.T @ x, Grid(4, 64, True), "activation", 1e-9)
+    assert torch.isfinite(made.dequantize()).all()
+
+
+def test_a_group_of_zeros_and_one_of_tiny_weights_stay_finite() -> None:
+    weight = weights(4, 64)
+    weight[0] = 0
+    weight[1] *= 1e-9
+    made = gptq(weight, torch.eye(64), Grid(4, 32, False), "natural", 0.05)
+    assert (made.dequantize()[0] == 0).all()
+    assert (made.scales > 0).all()
+
+
+def test_the_gram_loss_is_the_squared_error_of_the_outputs() -> None:
+    weight, x = weights(24, 96), inputs(96)
+    difference = weight - nearest(weight, Grid(3, 32, False))
+    direct = apply(x.double(), difference.double()).square().sum().item()
+    assert gram_loss(difference, x.T @ x) == pytest.approx(direct, rel=1e-4)
+
+
+def test_the_scale_found_has_the_least_loss_on_the_activations_themselves() -> None:
+    weight, x = weights(64, 128), inputs(128)
+    grid, magnitudes = Grid(4, 64, False), x.abs().mean(0)
+    found = search([weight], Seen(x.T @ x, magnitudes), Group(("w",), "norm", "norm"), grid)
+    assert found is not None
+
+    def loss(scale: torch.Tensor) -> float:
+        return float(apply(x, weight - nearest(weight * scale, grid) / scale).square().sum())
+
+    tried = [magnitudes.pow(n / 20).clamp(min=1e-4) for n in range(20)]
+    losses = [loss(s / (s.max() * s.min()).sqrt()) for s in tried]
+    assert loss(found) == pytest.approx(min(losses), rel=1e-3)
+    assert loss(found) < losses[0]
+
+
+def test_a_clipped_range_loses_no_more_than_the_whole_one_inside_any_group() -> None:
+    weight, x = weights(32, 128), inputs(128)
+    grid, gram = Grid(3, 32, False), x.T @ x
+    grouped = grid.grouped(weight)
+
+    def losses(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        error = grouped - quantize(grouped, scales[..., None], zeros[..., None], grid.top)[1]
+        blocks = [gram[g * 32 : (g + 1) * 32, g * 32 : (g + 1) * 32] for g in range(4)]
+        return torch.stack([((error[:, g] @ block) * error[:, g]).sum(1) for g, block in enumerate(blocks)], 1)
+
+    cut, whole = losses(*clipped(weight, gram, grid)), losses(*grid.at(*ends(grouped, grid)))
+    assert (cut <= whole * 1.0001).all()
+    assert cut.sum() < 0.97 * whole.sum()
+
+
+SETTINGS: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "stablelm", "gpt_neox"]
+)
+def test_scaling_alone_leaves_the_model_as_it_was(kind: str) -> None:
+    torch.manual_seed(1)
+    extra = {"num_key_value_heads": 4, "num_attention_heads": 4} if kind == "gpt_neox" else {}
+    config = transformers.AutoConfig.for_model(kind, **(SETTINGS | extra))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    ids = torch.randint(1, 64, (2, 12))
+    before = model(input_ids=ids).logits
+    prefix = "gpt_neox.layers.0." if kind == "gpt_neox" else "model.layers.0."
+    state = {n: t.float().clone() for n, t in model.state_dict().items() if n.startswith(prefix)}
+    found = groups(config.to_dict(), prefix, state)
+    scaled = 0
+    for group in found:
+        if group.producer is None:
+            continue
+        width = state[f"{group.linears[0]}.weight"].shape[1]
+        scale = torch.logspace(-1, 1, width)
+        if group.repeats != 1:
+            heads = scale.view(-1, group.repeats, group.head)
+            scale = heads[:, :1].expand_as(heads).reshape(-1)
+        for name in group.linears:
+            state[f"{name}.weight"] *= scale
+        undo(state, group, scale)
+        scaled += 1
+    model.load_state_dict(state, strict=False)
+    assert scaled == (2 if kind == "olmo2" else {"gpt_neox": 2, "phi3": 2}.get(kind, 4))
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def test_every_linear_of_a_layer_is_in_one_group() -> None:
+    names = [f"model.layers.0.{n}.weight" for n in ("self_attn.q_proj", "mlp.odd", "mlp.up_proj", "input_layernorm")]
+    found = groups({"model_type": "unheard_of"}, "model.layers.0.", names)
+    assert sorted(n for g in found for n in g.linears) == sorted(n.removesuffix(".weight") for n in names[:3])
+    assert all(group.producer is None for group in found)
+
+
+def layer(params: Params) -> Solved:
+    prefix = "model.layers.0."
+    shapes = {
+        "self_attn.q_proj": (64, 64),
+        "self_attn.k_proj": (32, 64),
+        "self_attn.v_proj": (32, 64),
+        "self_attn.o_proj": (64, 64),
+    }
+    tensors = {f"{prefix}{n}.weight": weights(*s).bfloat16() for n, s in shapes.items()}
+    tensors[f"{prefix}input_layernorm.weight"] = torch.ones(64, dtype=torch.bfloat16)
+    x = inputs(64)
+    seen = Seen(x.T @ x, x.abs().mean(0))
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+    return solve(tensors, lambda _: seen, groups(config, prefix, tensors), params)
+
+
+def test_what_scaling_changed_comes_back_in_its_own_type() -> None:
+    made = layer(Params(Grid(4, 32, False)))
+    assert sorted(made.codes) == [f"model.layers.0.self_attn.{n}_proj" for n in "koqv"]
+    assert list(made.tensors) == ["model.layers.0.input_layernorm.weight"]
+    assert made.tensors["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16
+    assert not layer(Params(Grid(4, 32, False), scaled=False)).tensors
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_results_come_back_from_their_bytes(bits: int) -> None:
+    made = layer(Params(Grid(bits, 32, bits != 4)))
+    data = made.to_bytes()
+    again = Solved.from_bytes(data)
+    assert again.to_bytes() == data
+    for name, codes in made.codes.items():
+        assert torch.equal(again.codes[name].dequantize(), codes.dequantize())
+
+
+def test_a_column_index_takes_the_place_of_consecutive_groups() -> None:
+    codes = torch.tensor([[1, 2, 3, 4]], dtype=torch.uint8)
+    scales, zeros = torch.tensor([[1.0, 10.0]]).half(), torch.tensor([[0, 1]], dtype=torch.uint8)
+    shuffled = Codes(codes, scales, zeros, 4, 2, False, torch.tensor([0, 1, 0, 1], dtype=torch.int32))
+    assert shuffled.dequantize().tolist() == [[1, 10, 3, 30]]
+    assert Codes(codes, scales, zeros, 4, 2, False).dequantize().tolist() == [[1, 2, 20, 30]]
+
+
+def test_clipping_is_not_for_queries_and_keys() -> None:
+    made = layer(Params(Grid(3, 32, False), scaled=False, rounding="nearest"))
+    grid = Grid(3, 32, False)
+    for name, whole in (("q", True), ("v", False)):
+        codes = made.codes[f"model.layers.0.self_attn.{name}_proj"]
+        weight = weights(*codes.codes.shape).bfloat16().float()
+        plain = grid.at(*ends(grid.grouped(weight), grid))[0].half()
+        assert torch.equal(codes.scales, plain) is whole
