@@ -116,7 +116,9 @@ def rotated(config: Mapping[str, Any], part: float) -> int:
     return int(part * config["hidden_size"]) // int(config["num_attention_heads"])
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
+SHARED_COUNT = ("n_shared_experts", "moe_num_shared_experts")
 
 
 def _latent_sizes(config: Mapping[str, Any]) -> dict[str, int]:
@@ -141,7 +143,8 @@ class _Shapes:
         try:
             self.layers: int = config["num_hidden_layers"]
             self.size = self._sizes(config)
-            self.dense: int = config.get("first_k_dense_replace", 0 if self.size["e"] else self.layers)
+            dense = find(config, "first_k_dense_replace", "moe_layer_start_index")
+            self.dense: int = (0 if self.size["e"] else self.layers) if dense is None else dense
         except KeyError as error:
             raise InputError(place, f"config.json has no {error.args[0]}", "fetch config.json again") from None
 
@@ -150,9 +153,9 @@ class _Shapes:
         n, hidden, ff = config["num_attention_heads"], config["hidden_size"], config["intermediate_size"]
         g, d = config.get("num_key_value_heads", n), config.get("head_dim", hidden // n)
         size = {"h": hidden, "f": ff, "v": config["vocab_size"], "n": n, "g": g, "d": d, "q": n * d, "k": g * d, "1": 1}
-        size["e"] = find(config, "num_local_experts", "num_experts", "n_routed_experts") or 0
+        size["e"] = find(config, *EXPERTS) or 0
         m = config.get("moe_intermediate_size", ff)
-        size |= {"m": m, "s": find(config, *SHARED) or m * config.get("n_shared_experts", 0) or ff}
+        size |= {"m": m, "s": find(config, *SHARED) or m * (find(config, *SHARED_COUNT) or 0) or ff}
         if "kv_lora_rank" in config:
             size |= _latent_sizes(config)
         return size | {"b": size["q"] + 2 * size["k"], "F": 2 * ff}
@@ -172,14 +175,16 @@ class _Shapes:
 
     def expects(self, row: Row, layer: int) -> bool:
         """Whether a checkpoint of this configuration must have the row; ``layer`` as for ``names``."""
-        config, when = self.config, row.when
-        if when in ("dense", "sparse"):
-            return (layer < self.dense) == (when == "dense")
-        if when == "fused" or "*" in row.hf:
-            return self.fused == (when == "fused")
-        if when.startswith("!"):
-            return not config.get(when[1:])
-        return not when or (when != "?" and bool(config.get(when)))
+        if "*" in row.hf and self.fused:
+            return False
+        return all(self._holds(word, layer) for word in row.when.split())
+
+    def _holds(self, word: str, layer: int) -> bool:
+        if word in ("dense", "sparse"):
+            return (layer < self.dense) == (word == "dense")
+        if word in ("fused", "?"):
+            return word == "fused" and self.fused
+        return not self.config.get(word[1:]) if word.startswith("!") else bool(self.config.get(word))
 
     def count(self, row: Row) -> int:
         return self.size["e"] if "*" in row.hf else 1
@@ -225,7 +230,7 @@ def _text_name(name: str, rules: Family) -> str | None:
     if name.endswith(BUFFERS) or name.startswith(OTHER_STARTS) or any(part in name for part in OTHER_PARTS):
         return None
     name = name.replace("language_model.", "")
-    return None if name in rules.dropped else name
+    return None if name.startswith(rules.dropped) else name
 
 
 def tensor_specs(checkpoint: Checkpoint, outtype: str = "auto") -> list[TensorSpec]:
@@ -273,6 +278,7 @@ class _Converter:
                 continue
             number = NUMBER.search(rest) if match else None
             rows = (layer_rows if match else outer_rows).get(NUMBER.sub(".*.", rest), [])
+            rows = [row for row in rows if self.shapes.expects(row, layer)] or rows
             if not rows or layer >= self.shapes.layers or (number and int(number[1]) >= self.shapes.count(rows[0])):
                 fact = f"tensor {name} does not belong to {self.rules.arch}"
                 raise InputError(self.place, fact, "check config.json's architectures")

@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
     ``when``: empty, always there; a config key, there when it is true; ``!key``, when it is false; ``?``, welcome but
     never missed; ``fused``, with all experts of a layer in one tensor; ``dense``, in the leading layers that have no
-    experts; ``sparse``, in those that follow.
+    experts; ``sparse``, in those that follow; several words must all hold.
     ``change``: what happens to the values or rows, see ``convert.Transform``; ``part``: (which, of how many) rows;
     ``source``: the shape in the checkpoint, where ``shape`` does not tell.
     """
@@ -49,7 +49,7 @@ class Family:
     layer: tuple[Row, ...]
     outer: tuple[Row, ...]
     prefix: str = "model.layers."
-    dropped: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()  # how names of tensors begin that are left out
     rope: str = ""  # which generated tensors of rope factors it may have: llama3, longrope
     refused: tuple[str, ...] = ()  # config keys that must not be set: llama.cpp does not convert such models either
     real_rows: bool = False  # the embedding loses its rows beyond the tokenizer's vocabulary
@@ -198,6 +198,19 @@ GRANITE_EXPERTS = (  # the router, and experts whose gate and up stand in one te
     Row("shared_mlp.input_linear.weight", "ffn_up_shexp.weight", "sh", "shared_intermediate_size", "", (1, 2)),
     Row("shared_mlp.output_linear.weight", "ffn_down_shexp.weight", "hs", "shared_intermediate_size"),
 )
+GLM4_NORMS = _norms(
+    {
+        "input_layernorm": "attn_norm",
+        "post_self_attn_layernorm": "post_attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "post_mlp_layernorm": "post_ffw_norm",
+    }
+)
+ERNIE_EXPERTS = (
+    *(row._replace(when="sparse") for row in QWEN_EXPERTS[:4]),
+    Row("mlp.moe_statics.e_score_correction_bias", "exp_probs_b.bias", "1e", "sparse"),
+    *_no_bias(_mlp("", "sparse moe_num_shared_experts", "_shexp", "mlp.shared_experts", "s")),
+)
 COHERE_NORMS = (
     Row("input_layernorm.weight", "attn_norm.weight", "h"),
     Row("self_attn.q_norm.weight", "attn_q_norm.weight", "nd", "use_qk_norm"),
@@ -234,8 +247,11 @@ GRANITE_MOE = Family(
 )
 
 LLAMA = Family("llama", LLAMA_LAYER, OUTER, rope="llama3")
+MISTRAL3 = replace(LLAMA, arch="mistral3")
 QWEN2_LAYER = (*LLAMA_NORMS, *_attention("", "?"), *_mlp())
 QWEN3_LAYER = (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias"), *HEAD_NORMS)
+QWEN2VL = Family("qwen2vl", QWEN2_LAYER, OUTER)
+ERNIE_ATTENTION = (*LLAMA_NORMS, *_attention("use_bias", "use_bias"))
 QWEN2MOE_LAYER = (*LLAMA_NORMS, *_attention("qkv_bias", "?"), *QWEN_EXPERTS, *SHARED_EXPERT)
 GEMMA3 = Family(
     "gemma3",
@@ -257,6 +273,8 @@ OLMO2 = Family("olmo2", (*OLMO_NORMS, *_attention("attention_bias", "attention_b
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
+    "Mistral3ForConditionalGeneration": MISTRAL3,
+    "Ministral3ForCausalLM": MISTRAL3,
     "MixtralForCausalLM": Family("llama", (*LLAMA_NORMS, *_attention("?", "?", True), *MIXTRAL_EXPERTS), OUTER),
     "SmolLM3ForCausalLM": Family("smollm3", LLAMA_LAYER, OUTER, rope="llama3", defaults={"tie_word_embeddings": True}),
     "GraniteForCausalLM": Family("granite", LLAMA_LAYER, OUTER, rope="llama3"),
@@ -277,6 +295,37 @@ FAMILIES: dict[str, Family] = {
         (EMBEDDING, NORM),
         defaults={"tie_word_embeddings": True},
     ),
+    "Cohere2ForCausalLM": Family(
+        "cohere2",
+        (*COHERE_NORMS[:1], *_no_bias(_attention("", "")), *_no_bias(_mlp())),
+        (EMBEDDING, NORM),
+        defaults={"tie_word_embeddings": True},
+    ),
+    "Glm4ForCausalLM": Family(
+        "glm4",
+        (*GLM4_NORMS, *_attention("attention_bias", "?"), *PHI3_LAYER[-2:]),
+        OUTER,
+    ),
+    "Exaone4ForCausalLM": Family(
+        "exaone4", (*OLMO_NORMS, *_no_bias(_attention("", "")), *HEAD_NORMS, *_no_bias(_mlp())), OUTER, rope="llama3"
+    ),
+    "Ernie4_5ForCausalLM": Family(
+        "ernie4_5", (*ERNIE_ATTENTION, *_mlp("use_bias")), OUTER, defaults={"tie_word_embeddings": True}
+    ),
+    "Ernie4_5_MoeForCausalLM": Family(
+        "ernie4_5-moe",
+        (*ERNIE_ATTENTION, *_no_bias(_mlp("", "dense")), *ERNIE_EXPERTS),
+        OUTER,
+        dropped=("model.mtp_",),
+        defaults={"tie_word_embeddings": True},
+    ),
+    "MiniCPMForCausalLM": Family(
+        "minicpm",
+        (*LLAMA_NORMS, *_no_bias(_attention("", "", True)), *_no_bias(_mlp())),
+        OUTER,
+        rope="longrope",
+        defaults={"tie_word_embeddings": True},
+    ),
     "NemotronForCausalLM": Family(
         "nemotron",
         _plus_one(*LAYER_NORMS, *_attention("attention_bias", "attention_bias"), *NO_GATE),
@@ -284,10 +333,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen2ForCausalLM": Family("qwen2", QWEN2_LAYER, OUTER),
     "Qwen3ForCausalLM": Family("qwen3", (*QWEN3_LAYER, *_mlp()), OUTER),
+    "Qwen2VLForConditionalGeneration": QWEN2VL,
+    "Qwen2_5_VLForConditionalGeneration": QWEN2VL,
+    "Qwen3VLForConditionalGeneration": Family("qwen3vl", (*QWEN3_LAYER, *_mlp()), OUTER),
     "Qwen2MoeForCausalLM": Family(
         "qwen2moe", QWEN2MOE_LAYER, OUTER, refused=("mlp_only_layers",), defaults={"qkv_bias": True}
     ),
     "Qwen3MoeForCausalLM": Family("qwen3moe", (*QWEN3_LAYER, *QWEN_EXPERTS), OUTER, refused=("mlp_only_layers",)),
+    "Dots1ForCausalLM": Family(
+        "dots1",
+        (*QWEN3_LAYER, *_no_bias(_mlp("", "dense")), *DEEPSEEK_EXPERTS, EXPERT_BIAS),
+        OUTER,
+    ),
     "DeepseekV2ForCausalLM": DEEPSEEK2,
     "DeepseekV3ForCausalLM": DEEPSEEK3,
     "GemmaForCausalLM": Family(
@@ -307,6 +364,12 @@ FAMILIES: dict[str, Family] = {
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3,
     "Phi3ForCausalLM": Family("phi3", PHI3_LAYER, OUTER, rope="longrope"),
+    "PhiMoEForCausalLM": Family(
+        "phimoe",
+        (*LAYER_NORMS, *_attention("attention_bias", "attention_bias"), *MIXTRAL_EXPERTS),
+        (*OUTER, NORM_BIAS, Row("lm_head.bias", "output.bias", "v", "lm_head_bias")),
+        rope="longrope",
+    ),
     "PhiForCausalLM": Family("phi2", PHI2_LAYER, PHI2_OUTER, refused=("qk_layernorm",)),
     "OlmoForCausalLM": Family("olmo", (*_no_bias(_attention("?", "?", True)), *_mlp()), (EMBEDDING, HEAD)),
     "Olmo2ForCausalLM": OLMO2,

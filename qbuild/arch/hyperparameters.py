@@ -84,6 +84,7 @@ OWN["phi3"] = (
     ("rope_freq_base", "rope_theta"),
     ("sliding_window", "sliding_window"),
 )
+OWN["phimoe"] = (*OWN["phi3"], ("expert_used_count", "num_experts_per_tok"), ("expert_count", "num_local_experts"))
 OWN["phi2"] = (
     ("context_length", "max_position_embeddings"),
     ("embedding_length", "hidden_size"),
@@ -108,7 +109,7 @@ def parameters(arch: str, config: Values, folder: Path) -> tuple[Values, Values]
     rope = rope_parameters(config)
     if arch in OWN:
         derived = DERIVED[arch](config, rope) if arch in DERIVED else {}
-        return _longrope(config, rope) if arch == "phi3" else {}, _own(OWN[arch], {**config, **derived})
+        return _longrope(config, rope) if arch in ("phi3", "phimoe") else {}, _own(OWN[arch], {**config, **derived})
     if arch in ("granite", "granitemoe"):
         config = {k: v for k, v in config.items() if k != "head_dim"}
     if arch == "deepseek2":
@@ -206,6 +207,14 @@ def _llama(config: Values, _: Values) -> Values:
     return {"vocab_size": config["vocab_size"], "rope_dimension_count": dimension}
 
 
+def _mistral3(config: Values, rope: Values) -> Values:
+    values = _llama(config, rope)
+    if config.get("model_type") == "ministral3":
+        values["rope_scaling_yarn_log_mul"] = rope["mscale_all_dim"]
+        values["attn_temperature_scale"] = rope["llama_4_scaling_beta"]
+    return values
+
+
 def _granite(config: Values, rope: Values) -> Values:
     return _llama(config, rope) | {name: config[key] for name, key in GRANITE if config.get(key)}
 
@@ -222,6 +231,75 @@ def _command_r(config: Values, _: Values) -> Values:
         "context_length": find(config, "model_max_length", "max_position_embeddings"),
         "logit_scale": config["logit_scale"],
         "rope_scaling_type": gguf.RopeScalingType.NONE,
+    }
+
+
+def _cohere2(config: Values, _: Values) -> Values:
+    import gguf
+
+    return {
+        "logit_scale": config["logit_scale"],
+        "sliding_window": config["sliding_window"],
+        "vocab_size": config["vocab_size"],
+        "rope_dimension_count": int(config["rotary_pct"] * _head(config)),
+        "rope_scaling_type": gguf.RopeScalingType.NONE,
+    }
+
+
+def _glm4(config: Values, rope: Values) -> Values:
+    return {"rope_dimension_count": int((config.get("head_dim") or _head(config)) * _part(rope, 0.5))}
+
+
+def _part(rope: Values, default: float) -> float:
+    """The part of a head that is rotated."""
+    found = rope.get("partial_rotary_factor")
+    return default if found is None else float(found)
+
+
+def _exaone4(config: Values, _: Values) -> Values:
+    values = {"vocab_size": config["vocab_size"]}
+    if config.get("sliding_window") is None:
+        return values
+    values["sliding_window"] = config["sliding_window"]
+    if "layer_types" in config:
+        values["sliding_window_pattern"] = [kind == "sliding_attention" for kind in config["layer_types"]]
+    return values
+
+
+def _ernie_moe(config: Values, _: Values) -> Values:
+    """The converter divides by the heads of keys and values, whatever that may mean."""
+    values = {
+        "expert_count": config["moe_num_experts"],
+        "expert_used_count": config["moe_k"],
+        "interleave_moe_layer_step": config["moe_layer_interval"],
+        "leading_dense_block_count": config["moe_layer_start_index"],
+        "expert_feed_forward_length": config.get("moe_intermediate_size"),
+        "expert_shared_count": config.get("moe_num_shared_experts"),
+    }
+    if values["expert_shared_count"]:
+        shared = config["intermediate_size"] // config["num_key_value_heads"]
+        values["expert_shared_feed_forward_length"] = shared
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _minicpm(config: Values, _: Values) -> Values:
+    return {
+        "embedding_scale": float(config["scale_emb"]),
+        "residual_scale": config["scale_depth"] / config["num_hidden_layers"] ** 0.5,
+        "logit_scale": config["hidden_size"] / config["dim_model_base"],
+    }
+
+
+def _qwen3vl(config: Values, _: Values) -> Values:
+    return {"num_deepstack_layers": len(config.get("vision_config", {}).get("deepstack_visual_indexes", []))}
+
+
+def _dots1(config: Values, rope: Values) -> Values:
+    return _qwen_moe(config, rope) | {
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_weights_scale": config["routed_scaling_factor"],
+        "expert_weights_norm": config["norm_topk_prob"],
     }
 
 
@@ -377,7 +455,15 @@ EXTRAS: dict[str, Extra] = {
     "granite": _granite,
     "granitemoe": _granite_moe,
     "arcee": _llama,
+    "mistral3": _mistral3,
     "command-r": _command_r,
+    "cohere2": _cohere2,
+    "glm4": _glm4,
+    "exaone4": _exaone4,
+    "ernie4_5-moe": _ernie_moe,
+    "minicpm": _minicpm,
+    "qwen3vl": _qwen3vl,
+    "dots1": _dots1,
     "nemotron": _nemotron,
     "qwen2moe": _qwen_moe,
     "qwen3moe": _qwen_moe,
@@ -394,6 +480,7 @@ DERIVED: dict[str, Extra] = {
     "gptneox": _gptneox,
     "phi2": _phi2,
     "phi3": _phi3,
+    "phimoe": _phi3,
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,8 +56,8 @@ def tokenizer(arch: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]
     return TOKENIZERS.get(arch, _bpe_only)(folder, config)
 
 
-def _written(tokens: Tokens, folder: Path) -> dict[str, Any]:
-    """A vocabulary, then its merges and special tokens."""
+def _written(tokens: Tokens, folder: Path, known: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A vocabulary, then its merges and special tokens. ``known``: texts of those that no file needs to name."""
     bpe = tokens.scores is None
     values: dict[str, Any] = {
         "tokenizer_model": tokens.model,
@@ -67,7 +67,12 @@ def _written(tokens: Tokens, folder: Path) -> dict[str, Any]:
         "token_types": tokens.types,
         "token_merges": merges(folder) or None if bpe else None,
     }
-    values |= Special(folder, None if bpe else len(tokens.texts)).written()
+    special = Special(folder, None if bpe else len(tokens.texts))
+    for kind, text in (known or {}).items():
+        if text not in tokens.texts:
+            raise InputError(str(folder), f"the tokenizer has no {text}", "fetch its files again")
+        special.ids.setdefault(kind, tokens.texts.index(text))
+    values |= special.written()
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -135,6 +140,17 @@ def _phi3(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return _written(tokens, folder)
 
 
+def _glm4(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    end = "<|endoftext|>"
+    known = {"eos": end, "eot": "<|user|>", "unk": end, "bos": end}
+    return _written(bpe(folder, config.get("vocab_size")), folder, known)
+
+
+def _ernie(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    prefix = (read_json(folder / "tokenizer_config.json") or {}).get("add_prefix_space")
+    return _sentencepiece_only(folder, config) | ({} if prefix is None else {"add_space_prefix": prefix})
+
+
 def _nemotron(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return _sentencepiece_only(folder, config) | {"pad_token_id": 0, "unk_token_id": 1}
 
@@ -145,13 +161,21 @@ TOKENIZERS: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
     "granite": _llama,
     "granitemoe": _llama,
     "arcee": _llama,
+    "mistral3": _llama,
+    "glm4": _glm4,
+    "ernie4_5": _ernie,
+    "ernie4_5-moe": _ernie,
+    "minicpm": _sentencepiece_only,
     "nemotron": _nemotron,
     "qwen2": _sentencepiece_or_bpe,
     "qwen3": _sentencepiece_or_bpe,
+    "qwen2vl": _sentencepiece_or_bpe,
+    "qwen3vl": _sentencepiece_or_bpe,
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
+    "phimoe": _phi3,
 }
 
 
@@ -220,7 +244,7 @@ def _auto_tokenizer(folder: Path) -> Any:
         raise InputError(str(folder), "has no tokenizer", "fetch its tokenizer.json, or tokenizer.model")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(str(folder), f"transformers cannot load the tokenizer: {error}", "fetch it again") from None
 
 

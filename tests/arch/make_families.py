@@ -114,6 +114,73 @@ VARIANTS: dict[str, dict[str, Any]] = {
         hidden_act="gelu_new",
     ),
     "qwen2": bpe("Qwen2ForCausalLM", "qwen2", use_sliding_window=False, sliding_window=4096, max_window_layers=2),
+    "mistral3-multimodal": {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "text_config": {**BASE, "model_type": "mistral", "head_dim": 32, "rms_norm_eps": 1e-5},
+        "vision_config": {"hidden_size": 64, "model_type": "pixtral"},
+        "_prefix": "language_model.",
+        "_extra": {
+            "vision_tower.patch_conv.weight": (8, 64),
+            "multi_modal_projector.linear_1.weight": (8, 64),
+        },
+    },
+    "ministral3": family(
+        "Ministral3ForCausalLM", "ministral3", head_dim=64, rope_theta=None,
+        rope_parameters=YARN | {
+            "rope_type": "yarn", "rope_theta": 1e6, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        },
+    ),
+    "cohere2": bpe(
+        "Cohere2ForCausalLM", "cohere2", logit_scale=0.25, layer_norm_eps=1e-5, tie_word_embeddings=True,
+        sliding_window=512, rotary_pct=1.0, num_hidden_layers=4,
+    ),
+    "glm4": bpe(
+        "Glm4ForCausalLM", "glm4", head_dim=32, attention_bias=True, partial_rotary_factor=0.5,
+        bos_token_id=None, eos_token_id=None, _tokens=("<|user|>",),
+    ),
+    "exaone4": bpe(
+        "Exaone4ForCausalLM", "exaone4", head_dim=32, sliding_window=512, sliding_window_pattern="LLLG",
+        num_hidden_layers=4, rope_scaling=LLAMA3 | {"original_max_position_embeddings": 1024},
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    ),
+    "exaone4-no-window": bpe("Exaone4ForCausalLM", "exaone4", sliding_window=None, tie_word_embeddings=True),
+    "ernie4.5": family("Ernie4_5ForCausalLM", "ernie4_5", head_dim=64, use_bias=False, tie_word_embeddings=True),
+    "ernie4.5-moe": family(
+        "Ernie4_5_MoeForCausalLM", "ernie4_5_moe", use_bias=False, moe_num_experts=4, moe_k=2,
+        moe_intermediate_size=96, moe_num_shared_experts=2, moe_layer_start_index=1, moe_layer_end_index=2,
+        moe_layer_interval=1, num_hidden_layers=3, _extra={"model.mtp_linear_proj.0.weight": (8, 64)},
+    ),
+    "minicpm": family(
+        "MiniCPMForCausalLM", "minicpm", scale_emb=12, scale_depth=1.4, dim_model_base=128, tie_word_embeddings=True,
+        rope_scaling=LONGROPE | {"original_max_position_embeddings": 2048},
+    ),
+    "qwen2vl": bpe(
+        "Qwen2VLForConditionalGeneration", "qwen2_vl", rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]},
+        vision_config={"hidden_size": 64, "model_type": "qwen2_vl"},
+        _extra={"visual.merger.ln_q.weight": (64,)},
+    ),
+    "qwen3vl": {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": {
+            **BASE, **NARROW, "model_type": "qwen3_vl_text", "head_dim": 32,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
+        },
+        "vision_config": {"hidden_size": 64, "model_type": "qwen3_vl", "deepstack_visual_indexes": [1, 2, 3]},
+        "_tokenizer": BPE,
+        "_infix": "language_model.",
+        "_extra": {"model.visual.merger.norm.weight": (64,)},
+    },
+    "phimoe": family(
+        "PhiMoEForCausalLM", "phimoe", num_local_experts=4, num_experts_per_tok=2, attention_bias=True,
+        lm_head_bias=True, original_max_position_embeddings=2048, sliding_window=1024, intermediate_size=128,
+    ),
+    "dots1": bpe(
+        "Dots1ForCausalLM", "dots1", head_dim=32, n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2,
+        moe_intermediate_size=64, first_k_dense_replace=1, routed_scaling_factor=2.5, norm_topk_prob=True,
+        scoring_func="sigmoid", num_hidden_layers=3,
+    ),
     "qwen3": bpe("Qwen3ForCausalLM", "qwen3", head_dim=64, tie_word_embeddings=True),
     "qwen2moe": bpe("Qwen2MoeForCausalLM", "qwen2_moe", **MOE, shared_expert_intermediate_size=128),
     "qwen3moe": bpe("Qwen3MoeForCausalLM", "qwen3_moe", **MOE, head_dim=32),
@@ -188,7 +255,8 @@ def shapes(name: str) -> list[tuple[str, tuple[int, ...]]]:
     found: Iterable[tuple[str, tuple[int, ...]]] = expected_tensors(config)
     if over.get("_fused"):
         found = fused(dict(found), config)
-    named = [(over.get("_prefix", "") + tensor, shape) for tensor, shape in found]
+    infix = "model." + over.get("_infix", "")
+    named = [(over.get("_prefix", "") + tensor.replace("model.", infix, 1), shape) for tensor, shape in found]
     return sorted([*named, *over.get("_extra", {}).items()])
 
 
@@ -211,6 +279,8 @@ def write(name: str, root: Path) -> Path:
     for path in over.get("_tokenizer", SENTENCEPIECE).glob("*token*"):
         if path.name not in over.get("_without", ()):
             shutil.copy(path, folder)
+    if "_tokens" in over:
+        add_tokens(folder / "tokenizer.json", over["_tokens"])
     rng = np.random.default_rng(sum(name.encode()))
     entries, blobs, at = {}, [], 0
     for number, (tensor, shape) in enumerate(shapes(name)):
@@ -223,6 +293,16 @@ def write(name: str, root: Path) -> Path:
     text = json.dumps(entries).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
     return folder
+
+
+def add_tokens(path: Path, texts: Iterable[str]) -> None:
+    """Special tokens that a family's converter looks for, in ids that the vocabulary leaves free."""
+    document = json.loads(path.read_text())
+    taken = {*document["model"]["vocab"].values(), *(entry["id"] for entry in document["added_tokens"])}
+    free = (i for i in range(NARROW["vocab_size"]) if i not in taken)
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    document["added_tokens"] += [{"id": i, "content": text, **plain} for i, text in zip(free, texts, strict=False)]
+    path.write_text(json.dumps(document))
 
 
 def encode(values: np.ndarray, dtype: str) -> bytes:
