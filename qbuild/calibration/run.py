@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,18 +14,19 @@ import numpy as np
 import torch
 
 from qbuild.calibration.collect import Collector
-from qbuild.calibration.families import layer_prefix
 from qbuild.calibration.forward import Streamed
 from qbuild.calibration.shapes import linears
+from qbuild.calibration.statistics import Statistics
 from qbuild.calibration.weights import Read
 from qbuild.errors import StoreError
 from qbuild.fsutil import disk_error, fsync_dir, read_exact, write_all
 
 __all__ = ["Pass", "Save", "calibrate"]
 
+M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 KEEP_EVERY = 5.0  # seconds of work between writes of the hidden states; less is not worth a sync of the disk
 
-Save = Callable[[int, bytes, float], None]  # layer, Statistics.to_bytes(), seconds of work
+Save = Callable[[int, bytearray, float], None]  # layer, Statistics.to_bytes(), seconds of work
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,36 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
     of layers since the states were written last. Raises InputError for weights or activations that cannot be used.
     """
     torch.set_num_threads(task.threads)
+    _give_back_freed_memory()
     model = Streamed(task.config, task.tensors, read, device=task.device, dtype=task.dtype)
-    prefix = layer_prefix(task.config, task.tensors)
     with _States(task, model) as states:
         for index in range(states.ready, task.last + 1):
             began = time.monotonic()
-            with model.layer(index) as layer:
-                if index < task.first:
+            if index < task.first:
+                with model.layer(index) as layer:
                     states.advance(layer)
-                    states.keep(last=False)
-                    continue
-                wanted = [linear.name for linear in linears(prefix, index, task.tensors)]
-                collector = Collector(index, model.parameters(index), wanted, task.gram)
-                with collector:
-                    states.advance(layer)
-            save(index, collector.statistics().to_bytes(), time.monotonic() - began)
+            else:
+                data = _measured(task, model, index, states).to_bytes()
+                save(index, data, time.monotonic() - began)
+                del data
             states.keep(last=index == task.last)
+
+
+def _measured(task: Pass, model: Streamed, index: int, states: _States) -> Statistics:
+    """The statistics of a layer, which is out of memory again."""
+    wanted = [linear.name for linear in linears(model.prefix, index, task.tensors)]
+    with model.layer(index) as layer:
+        collector = Collector(index, model.parameters(index), wanted, task.gram)
+        with collector:
+            states.advance(layer)
+    return collector.statistics()
+
+
+def _give_back_freed_memory() -> None:
+    """glibc raises the size above which memory goes back to the system when freed, up to 32 MiB: weights would stay."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 4 << 20)
 
 
 class _States:

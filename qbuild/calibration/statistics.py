@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import load, save
 
 __all__ = ["Input", "Statistics", "mirrored"]
 
@@ -61,43 +61,69 @@ class Statistics:
         none = f", {len(self.unreached)} of them none" if self.unreached else ""
         return (f"layer {self.layer}: {few}{none}; more samples reach more experts",)
 
-    def to_bytes(self) -> bytes:
-        """Canonical: the same numbers are the same bytes. Of a Gram matrix the upper triangle is kept, row by row."""
-        tensors: dict[str, np.ndarray] = {}
+    def to_bytes(self) -> bytearray:
+        """Canonical: the same numbers are the same bytes. Of a Gram matrix the upper triangle is kept, row by row.
+
+        In the safetensors format, written in place: Gram matrices are the largest objects of a pass.
+        """
+        header: dict[str, Any] = {"__metadata__": {"qbuild": self._about()}}
+        parts: list[tuple[int, np.ndarray]] = []
+        end = 0
         for found in self.inputs:
-            if found.gram is not None:
-                tensors[f"{found.name}.gram"] = _triangle(found.gram)
-            tensors[f"{found.name}.diagonal"] = found.diagonal
-            tensors[f"{found.name}.mean_abs"] = found.mean_abs
-        about = {
-            "layer": self.layer,
-            "inputs": [[found.name, found.shared, found.count] for found in self.inputs],
-            "unreached": self.unreached,
-        }
-        return bytes(save(tensors, {"qbuild": json.dumps(about, separators=(",", ":"))}))
+            for kind, array in (("gram", found.gram), ("diagonal", found.diagonal), ("mean_abs", found.mean_abs)):
+                if array is None:
+                    continue
+                size = array.size if array.ndim == 1 else _packed_size(len(array))
+                header[f"{found.name}.{kind}"] = {
+                    "dtype": "F32", "shape": [size], "data_offsets": [end, end + 4 * size]
+                }  # fmt: skip
+                parts.append((end, array))
+                end += 4 * size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        made = bytearray(8 + len(text) + end)
+        made[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
+        values = np.frombuffer(made, np.float32, offset=8 + len(text))
+        for start, array in parts:
+            _pack(array, values[start // 4 :])
+        return made
+
+    def _about(self) -> str:
+        inputs = [[found.name, found.shared, found.count] for found in self.inputs]
+        about = {"layer": self.layer, "inputs": inputs, "unreached": self.unreached}
+        return json.dumps(about, separators=(",", ":"))
 
     @staticmethod
-    def from_bytes(data: bytes) -> Statistics:
+    def from_bytes(data: bytes | bytearray) -> Statistics:
         """Raises ValueError or KeyError for bytes that ``to_bytes`` did not make."""
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
         about = json.loads(header["__metadata__"]["qbuild"])
-        tensors = load(data)
+
+        def values(name: str) -> np.ndarray:
+            begin, end = header[name]["data_offsets"]
+            return np.frombuffer(data, np.float32, (end - begin) // 4, start + begin)
+
         inputs = []
         for name, shared, count in about["inputs"]:
-            diagonal, packed = tensors[f"{name}.diagonal"], tensors.pop(f"{name}.gram", None)
-            gram = None if packed is None else _square(packed, len(diagonal))
-            inputs.append(Input(name, tuple(shared), count, gram, diagonal, tensors[f"{name}.mean_abs"]))
+            diagonal = values(f"{name}.diagonal").copy()
+            gram = _square(values(f"{name}.gram"), len(diagonal)) if f"{name}.gram" in header else None
+            inputs.append(Input(name, tuple(shared), count, gram, diagonal, values(f"{name}.mean_abs").copy()))
         return Statistics(about["layer"], tuple(inputs), tuple(about["unreached"]))
 
 
-def _triangle(gram: np.ndarray) -> np.ndarray:
-    n = len(gram)
-    packed = np.empty(n * (n + 1) // 2, np.float32)
-    at = 0
+def _packed_size(n: int) -> int:
+    return n * (n + 1) // 2
+
+
+def _pack(array: np.ndarray, into: np.ndarray) -> None:
+    if array.ndim == 1:
+        into[: len(array)] = array
+        return
+    at, n = 0, len(array)
     for row in range(n):
-        packed[at : at + n - row] = gram[row, row:]
+        into[at : at + n - row] = array[row, row:]
         at += n - row
-    return packed
 
 
 def _square(packed: np.ndarray, n: int) -> np.ndarray:

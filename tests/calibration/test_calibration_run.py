@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from qbuild.errors import InputError
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 CONFIG = json.loads((TINY / "config.json").read_text())
+PARTS = ("gram", "diagonal", "mean_abs")
 LAYERS = range(CONFIG["num_hidden_layers"])
 
 
@@ -59,9 +61,9 @@ def task(tensors: Tensors, tokens: np.ndarray, tmp_path: Path) -> Pass:
     return Pass(CONFIG, tensors.shapes(), tokens, 0, LAYERS[-1], tmp_path / "states")
 
 
-def saved(task: Pass, read: Callable[[str], torch.Tensor]) -> dict[int, bytes]:
+def saved(task: Pass, read: Callable[[str], torch.Tensor]) -> dict[int, bytearray]:
     """The statistics of every layer that a pass measured."""
-    found: dict[int, bytes] = {}
+    found: dict[int, bytearray] = {}
     calibrate(task, read, lambda layer, data, _seconds: found.update({layer: data}))
     return found
 
@@ -138,9 +140,9 @@ def test_a_pass_cut_off_goes_on_with_the_same_bytes(
     monkeypatch.setattr("qbuild.calibration.run.KEEP_EVERY", 0.0)
     task = replace(task, spill=spill)
     whole = saved(replace(task, states=task.states / "whole"), tensors.read)
-    cut: dict[int, bytes] = {}
+    cut: dict[int, bytearray] = {}
 
-    def die_in_layer_2(layer: int, data: bytes, _seconds: float) -> None:
+    def die_in_layer_2(layer: int, data: bytearray, _seconds: float) -> None:
         if layer == 2:
             raise KeyboardInterrupt
         cut[layer] = data
@@ -172,6 +174,8 @@ def test_a_diagonal_alone_is_the_same_diagonal(task: Pass, tensors: Tensors, tmp
 def test_bytes_of_statistics_are_canonical(task: Pass, tensors: Tensors) -> None:
     for data in saved(replace(task, last=1), tensors.read).values():
         assert Statistics.from_bytes(data).to_bytes() == data
+        names = {f"{found.name}.{kind}" for found in Statistics.from_bytes(data).inputs for kind in PARTS}
+        assert safetensors.torch.load(bytes(data)).keys() == names
 
 
 def test_weights_that_give_nan_are_named_with_their_layer(task: Pass, tensors: Tensors) -> None:
