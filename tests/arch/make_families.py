@@ -114,6 +114,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         hidden_act="gelu_new",
     ),
     "qwen2": bpe("Qwen2ForCausalLM", "qwen2", use_sliding_window=False, sliding_window=4096, max_window_layers=2),
+    "mistral": family("MistralForCausalLM", "mistral", head_dim=32, sliding_window=1024),
+    "qwen2.5vl": {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "text_config": {
+            **BASE, **NARROW, "model_type": "qwen2_5_vl_text", "tie_word_embeddings": True,
+            "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        },
+        "vision_config": {"hidden_size": 64, "model_type": "qwen2_5_vl"},
+        "_tokenizer": BPE,
+        "_extra": {"visual.merger.ln_q.weight": (64,)},
+    },
     "mistral3-multimodal": {
         "architectures": ["Mistral3ForConditionalGeneration"],
         "model_type": "mistral3",
