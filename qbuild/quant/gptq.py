@@ -31,7 +31,7 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: str, dampi
     hessian = gram / gram.diagonal().mean().clamp(min=1e-30)
     dead = hessian.diagonal() == 0
     hessian[dead, dead] = 1
-    scales, zeros = fit(weight, grid)
+    scales, zeros = fit(weight, hessian.diagonal(), grid)
     columns = _order(hessian.diagonal(), size, order)
     factor = _inverse_factor(hessian[columns][:, columns], damping)
     codes = torch.empty_like(weight)

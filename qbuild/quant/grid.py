@@ -10,7 +10,7 @@ import torch
 __all__ = ["Grid", "clipped", "ends", "fit", "nearest", "quantize"]
 
 TINY = 2.0**-24  # the least positive float16
-STEPS, NARROWEST, POWER = 40, 0.8, 2.4  # tried ranges, how much the last is narrower, and the norm of the error
+STEPS, NARROWEST = 40, 0.8  # tried ranges, and how much narrower they get
 CLIPS, CLIP_STEP = 10, 0.05
 
 
@@ -25,7 +25,7 @@ class Grid:
     @property
     def top(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1
+        return int(2**self.bits - 1)
 
     def grouped(self, weight: torch.Tensor) -> torch.Tensor:
         """[out, groups, columns of a group]."""
@@ -63,21 +63,19 @@ def nearest(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     return quantize(grouped, scale[..., None], zero[..., None], grid.top)[1].view_as(weight)
 
 
-def fit(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zeros, float32 [out, groups]: of ever narrower ranges the one with the least sum of |error|^2.4.
+def fit(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros, float32 [out, groups]: of ever narrower ranges the one with the least weighted squared error.
 
-    A range without its extremes rounds all else finer; a norm above two still minds the extremes, which GPTQ could make
-    good only in part (measured: docs/decisions.md).
+    ``importance`` [in] is the diagonal of the Gram matrix: what an error in a column costs, were it alone.
     """
-    grouped = grid.grouped(weight)
+    grouped, cost = grid.grouped(weight), grid.grouped(importance[None])
     high, low = ends(grouped, grid)
     best = torch.full_like(high, float("inf"))
     scales, zeros = torch.empty_like(high), torch.empty_like(high)
     for step in range(STEPS):
         scale, zero = grid.at(high, low, 1 - NARROWEST * step / STEPS)
-        error = (
-            quantize(grouped, scale[..., None], zero[..., None], grid.top)[1].sub_(grouped).abs_().pow_(POWER).sum(-1)
-        )
+        values = quantize(grouped, scale[..., None], zero[..., None], grid.top)[1]
+        error = values.sub_(grouped).square_().mul_(cost).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)

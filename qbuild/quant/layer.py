@@ -35,7 +35,7 @@ class Params:
     damping: float = 0.05
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not looked into
 def solve(
     tensors: Mapping[str, torch.Tensor], seen: Callable[[str], Seen], groups: Sequence[Group], params: Params
 ) -> Solved:
@@ -50,10 +50,9 @@ def solve(
         if name in scales:
             gram = gram / scales[name][:, None] / scales[name]
         codes[name] = _rounded(work[f"{name}.weight"], gram, name, params)
-    changed = [
-        n for n in tensors if n.removesuffix(".weight") not in codes and not torch.equal(work[n], tensors[n].float())
-    ]
-    return Solved(codes, {name: work[name].to(tensors[name].dtype) for name in sorted(changed)})
+    plain = sorted(name for name in tensors if name.removesuffix(".weight") not in codes)
+    changed = [name for name in plain if not torch.equal(work[name], tensors[name].float())]
+    return Solved(codes, {name: work[name].to(tensors[name].dtype) for name in changed})
 
 
 def _scaled(

@@ -48,7 +48,7 @@ def search(weights: Sequence[torch.Tensor], seen: Seen, group: Group, grid: Grid
 
 
 def _shared(magnitudes: torch.Tensor, group: Group) -> torch.Tensor:
-    """One value for the columns that one row of the producer feeds: with grouped queries, a value head feeds several."""
+    """One value for columns that one row of the producer feeds: with grouped queries, a value head feeds several."""
     if group.repeats == 1:
         return magnitudes
     heads = magnitudes.view(-1, group.repeats, group.head)
