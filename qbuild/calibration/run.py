@@ -103,7 +103,8 @@ class _States:
         self.shape = (1, length, model.width)
         self.size = length * model.width * model.dtype.itemsize  # bytes of a window
         self.ready = 0
-        self._hidden: list[torch.Tensor] = []
+        whole = 0 if self.spill else self.windows  # one block: many small ones would leave holes in memory
+        self._hidden = torch.empty(whole, length, model.width, dtype=model.dtype)
         self._file: int | None = None
         self._kept = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -121,8 +122,8 @@ class _States:
         if self.spill:
             self._write(self.ready + 1, (run(self._read(window)) for window in range(self.windows)))
         else:
-            for window, hidden in enumerate(self._hidden):
-                self._hidden[window] = run(hidden).cpu()
+            for hidden in self._hidden.split(1):
+                hidden.copy_(run(hidden))
         self.ready += 1
 
     def keep(self, *, last: bool) -> None:
@@ -133,7 +134,7 @@ class _States:
         if not self.spill:
             if not last and time.monotonic() - self._kept < KEEP_EVERY:
                 return
-            self._write(self.ready, self._hidden)
+            self._write(self.ready, self._hidden.split(1))
             self._close()
             self._kept = time.monotonic()
         for other in self.folder.glob("before-*.hidden"):
@@ -149,7 +150,8 @@ class _States:
         self.ready = max(usable)
         self._file = os.open(files[self.ready], os.O_RDONLY)
         if not self.spill:
-            self._hidden = [self._read(window) for window in range(self.windows)]
+            for window, hidden in enumerate(self._hidden.split(1)):
+                hidden.copy_(self._read(window))
             self._close()
         return True
 
@@ -159,7 +161,8 @@ class _States:
         if self.spill:
             self._write(0, made)
         else:
-            self._hidden = [hidden.cpu() for hidden in made]
+            for hidden, embedded in zip(self._hidden.split(1), made, strict=True):
+                hidden.copy_(embedded)
         model.release()
 
     def _path(self, ready: int) -> Path:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
-from qbuild.calibration.families import layer_names
+from qbuild.calibration.families import layer_names, text_config
 
-__all__ = ["Linear", "linears"]
+__all__ = ["BASE", "Linear", "Step", "forward_footprint", "gram_bytes", "linears", "shared_inputs", "state_bytes"]
+
+BASE = 420 << 20  # torch, transformers, and a model without weights
+ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
+ACTIVATIONS_HIDDEN, ACTIVATIONS_WIDE = 4, 4
+TOGETHER = {
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up",
+    "w1": "w13", "w3": "w13",
+}  # fmt: skip
 
 # Matrices that no format quantizes and nothing measures: what chooses experts, what convolves, what shifts positions.
 NOT_LINEARS = ("gate", "router", "shared_expert_gate", "wg", "conv1d", "rotary_emb", "rel_pos", "A_log")
@@ -34,3 +44,59 @@ def linears(prefix: str, layer: int, tensors: Mapping[str, tuple[int, ...]]) -> 
         elif len(shape) == 3 and ".experts." in name:
             found += [Linear(f"{plain}[{n}]", shape[1], shape[2]) for n in range(shape[0])]
     return tuple(sorted(found, key=lambda linear: linear.name))
+
+
+def shared_inputs(found: tuple[Linear, ...]) -> tuple[tuple[Linear, ...], ...]:
+    """Linears by the input that they read together, as far as names tell; a model may share more."""
+    groups: dict[tuple[str, str], list[Linear]] = {}
+    for linear in found:
+        path, _, own = linear.name.rpartition(".")
+        groups.setdefault((path, TOGETHER.get(own, own)), []).append(linear)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def gram_bytes(found: tuple[Linear, ...]) -> int:
+    """Bytes of the Gram matrices of a layer's inputs in memory; as an artifact they take half."""
+    return sum(4 * group[0].inputs ** 2 for group in shared_inputs(found))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one layer's turn in a calibration depends on. ``stored``: bytes of a weight in the checkpoint."""
+
+    windows: int
+    length: int
+    dtype: str = "float32"
+    gram: bool = True
+    spill: bool = False
+    stored: int = 2
+
+
+def state_bytes(config: Mapping[str, Any], step: Step) -> int:
+    """The hidden states of all windows: in RAM, or on disk twice for a moment."""
+    return step.windows * step.length * int(text_config(config)["hidden_size"]) * ITEM[step.dtype]
+
+
+def forward_footprint(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], prefix: str, layer: int, step: Step
+) -> int:
+    """Peak RAM of a worker on a CPU that measures this layer, in bytes.
+
+    The constants are fitted to measured peaks of Llama shapes from 135M to 8B: benchmarks/bench_calibration.py.
+    """
+    item = ITEM[step.dtype]
+    shapes = [tensors[name] for name in layer_names(prefix, layer, tensors)]
+    found = linears(prefix, layer, tensors)
+    weights = item * sum(map(prod, shapes))
+    hidden = int(text_config(config)["hidden_size"])
+    widest = max((linear.inputs for linear in found), default=hidden)
+    window = step.length * item
+    activations = window * (ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_WIDE * widest)
+    if item != 4:
+        activations += 4 * step.length * 2 * widest  # what is summed is widened first
+    grams = gram_bytes(found) if step.gram else 0
+    states = window * hidden * 2 if step.spill else state_bytes(config, step) + window * hidden
+    reading = step.stored * max(map(prod, shapes), default=0)
+    working = weights + max(activations, reading) + grams
+    saving = grams + grams // 2
+    return BASE + states + max(working, saving)
