@@ -1,0 +1,81 @@
+"""Numbers of two models' logits on the same text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from qbuild.errors import InputError
+
+__all__ = ["Comparison", "Result"]
+
+ROWS = 64  # logits that are in float64 at a time
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model on a text.
+
+    ``perplexity``: of every token that has one before it in its window, as transformers' loss counts them.
+    ``perplexity_llama``: of the second half of each window, as llama.cpp's llama-perplexity counts them.
+    ``kl``: the mean over all positions of the Kullback-Leibler divergence D(source ‖ model), in nats.
+    ``top1``: the share of positions where both models find the same token the likeliest.
+    ``tokens``: positions.
+    """
+
+    perplexity: float
+    perplexity_llama: float
+    kl: float
+    top1: float
+    tokens: int
+
+    def to_json(self) -> dict[str, float | int]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, float]) -> Result:
+        return Result(data["perplexity"], data["perplexity_llama"], data["kl"], data["top1"], int(data["tokens"]))
+
+
+class Comparison:
+    """Sums over positions, in float64. Windows are given one after another, each in parts of any size."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length  # tokens of a window
+        self._kl = self._nll = self._late_nll = 0.0
+        self._same = self._positions = self._predicted = self._late = 0
+
+    def add(self, source: torch.Tensor, model: torch.Tensor, window: torch.Tensor, start: int) -> None:
+        """Logits [positions, vocabulary] of both at the positions of ``window`` (int64 [length]) from ``start``.
+
+        Raises InputError where a logit is NaN or infinite.
+        """
+        for at in range(0, len(model), ROWS):
+            p = source[at : at + ROWS].double().log_softmax(-1)
+            q = model[at : at + ROWS].double().log_softmax(-1)
+            self._add(p, q, window, start + at)
+
+    def _add(self, p: torch.Tensor, q: torch.Tensor, window: torch.Tensor, start: int) -> None:
+        divergence = float((p.exp() * (p - q)).sum())
+        following = window[start + 1 : start + 1 + len(q)].to(q.device)
+        nll = -q[: len(following)].gather(-1, following[:, None])[:, 0]
+        if not (math.isfinite(divergence) and math.isfinite(float(nll.sum()))):
+            fact = f"a logit is NaN or infinite among the positions {start} to {start + len(q) - 1} of a window"
+            raise InputError("evaluation", fact, "the weights are damaged, or their values overflow: build them again")
+        late = max(0, self.length // 2 - start)  # the first row that llama-perplexity counts
+        self._kl += divergence
+        self._nll += float(nll.sum())
+        self._late_nll += float(nll[late:].sum())
+        self._same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        self._positions += len(q)
+        self._predicted += len(following)
+        self._late += max(0, len(following) - late)
+
+    def result(self) -> Result:
+        return Result(
+            math.exp(self._nll / self._predicted), math.exp(self._late_nll / self._late), self._kl / self._positions,
+            self._same / self._positions, self._positions,
+        )  # fmt: skip

@@ -1,0 +1,84 @@
+"""The evaluation of a model against its source: each goes through its layers once, then their logits are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qbuild.calibration.forward import Streamed
+from qbuild.errors import InputError
+from qbuild.evaluation.measure import Comparison, Result
+from qbuild.evaluation.readers import Tensors
+
+__all__ = ["Task", "evaluate", "states", "weight_errors"]
+
+ROWS = 128  # positions whose logits of both models are in memory at a time
+
+
+@dataclass(frozen=True)
+class Task:
+    """``config``: the source's config.json; ``tokens`` int32 [windows, length]. ``threads`` changes no result beyond
+    the order in which sums of products are rounded."""
+
+    config: Mapping[str, Any]
+    tokens: np.ndarray
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+
+    @property
+    def windows(self) -> torch.Tensor:
+        """int64 [windows, length]. Raises InputError where a window is too short to be measured in halves."""
+        windows, length = self.tokens.shape
+        if windows < 1 or length < 4:
+            fact = f"{windows} windows of {length} tokens cannot be evaluated"
+            raise InputError("evaluation", fact, "give more text, and windows of at least 4 tokens")
+        return torch.from_numpy(self.tokens.astype(np.int64))
+
+
+def states(task: Task, model: Tensors) -> torch.Tensor:
+    """What the last layer gives: [windows, length, width] in the dtype that is computed in, on the CPU."""
+    return _states(task, _streamed(task, model))
+
+
+def evaluate(task: Task, source: Tensors, source_states: torch.Tensor, model: Tensors) -> Result:
+    """``model`` against its source, whose layers are not run again: ``source_states`` is what ``states`` gave of it."""
+    streamed = _streamed(task, model)
+    own = _states(task, streamed)
+    head = _streamed(task, source)
+    compared = Comparison(task.tokens.shape[1])
+    for window, one, other in zip(task.windows, source_states, own, strict=True):
+        for at in range(0, len(window), ROWS):
+            rows = slice(at, at + ROWS)
+            compared.add(head.logits(one[None, rows])[0], streamed.logits(other[None, rows])[0], window, at)
+    return compared.result()
+
+
+def _streamed(task: Task, model: Tensors) -> Streamed:
+    torch.set_num_threads(task.threads)
+    return Streamed(task.config, model.names, model.read, device=task.device, dtype=task.dtype)
+
+
+def _states(task: Task, model: Streamed) -> torch.Tensor:
+    windows = task.windows
+    hidden = torch.stack([model.embed(window[None])[0].cpu() for window in windows])
+    model.release()
+    for index in range(model.count):
+        with model.layer(index) as layer:
+            for number in range(len(windows)):
+                hidden[number] = layer(hidden[number : number + 1])[0].cpu()
+    return hidden
+
+
+def weight_errors(source: Tensors, model: Tensors, names: Iterable[str]) -> dict[str, float]:
+    """‖W - Ŵ‖² / ‖W‖² of each tensor, summed in float64; 0 where both are zero."""
+    found = {}
+    for name in names:
+        before, after = source.read(name).float(), model.read(name).float()
+        lost, whole = (float(part.square().sum(dtype=torch.float64)) for part in (before - after, before))
+        found[name] = lost / whole if lost else 0.0
+    return found
