@@ -109,10 +109,11 @@ def _kinds(*bits: int, asymmetric: bool = True) -> frozenset[tuple[int, bool]]:
 
 MARLIN_GROUPS = frozenset({-1, 32, 64, 128})
 
-# transformers reads AWQ and GPTQ through GPTQModel (7.7: SUPPORTS_* of nn_modules/qlinear/torch.py, torch_awq.py) and
-# compressed-tensors (0.20) by itself. vLLM: auto_awq.py, auto_gptq.py (TYPE_MAP; zero points are not even read),
-# compressed_tensors_wNa16.py. GPTQModel adds one to whole words of v1's zero points, so that one which wraps spoils
-# its neighbours: only symmetric files are safe.
+# transformers reads AWQ and GPTQ through GPTQModel (7.7: SUPPORTS_* of nn_modules/qlinear/torch.py, torch_awq.py), which
+# adds one to whole words of v1's zero points: one that wraps spoils its neighbours, so v1 must be symmetric. It reads
+# pack-quantized through compressed-tensors (0.20), which expects zero points unpacked (llm-compressor#1618), so that
+# asymmetric ones need CompressedTensorsConfig(dequantize=True). vLLM: auto_awq.py, auto_gptq.py (TYPE_MAP; zero points
+# are not read), compressed_tensors_wNa16.py, whose Marlin kernel has zero points for 4 bits only.
 LOADERS = (
     Loader("transformers", ("awq-gemm",), _kinds(4), frozenset({-1, 16, 32, 64, 128})),
     Loader("vLLM", ("awq-gemm",), _kinds(4), None),
@@ -124,8 +125,8 @@ LOADERS = (
     ),
     Loader("transformers", ("gptq_v2",), _kinds(2, 3, 4, 8), frozenset({-1, 16, 32, 64, 128, 256, 512, 1024})),
     Loader("vLLM", ("gptq", "gptq_v2"), _kinds(4, 8, asymmetric=False), MARLIN_GROUPS),
-    Loader("transformers", ("pack-quantized",), _kinds(2, 3, 4, 5, 6, 7, 8), None),
-    Loader("vLLM", ("pack-quantized",), _kinds(4, 8), MARLIN_GROUPS),
+    Loader("transformers", ("pack-quantized",), _kinds(2, 3, 4, 5, 6, 7, 8, asymmetric=False), None),
+    Loader("vLLM", ("pack-quantized",), _kinds(4) | _kinds(8, asymmetric=False), MARLIN_GROUPS),
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qbuild.checkpoint import Checkpoint, Reader, open_path
 from qbuild.errors import ActionFailed
@@ -185,10 +185,13 @@ def test_transformers_loads_a_directory_and_computes_what_it_says(
     pytest.importorskip("compressed_tensors" if scheme.layout == "pack-quantized" else "gptqmodel")
     scheme, planned = build(tiny, scheme, tmp_path / "out")
     ids = torch.arange(3, 67)[None]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", device_map="cpu").eval()
+    packed_zeros = scheme.layout == "pack-quantized" and not scheme.symmetric  # shapes.LOADERS says why
+    how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed_zeros else {}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", device_map="cpu", **how).eval()
     with torch.no_grad():
         expected = dense(tmp_path / "out", scheme, planned)(ids).logits
         found = model(ids).logits.float()
-    print("relative", ((found - expected).norm() / expected.norm()).item(), model.dtype)
-    assert (found - expected).norm() < 0.02 * expected.norm()
+    assert (
+        found - expected
+    ).norm() < 0.02 * expected.norm()  # of rounding to 16 bits on the way; a wrong code is far beyond
     assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, 68)

@@ -33,7 +33,8 @@ def test_what_loaders_read_is_not_refused(layout: str, group_size: int) -> None:
         (Scheme("awq-gemm", 4, 64, False), (60, 128), "multiples of 8"),
         (Scheme("gptq", 4, -1, True), (64, 124), "multiples of 8"),
         (Scheme("gptq", 3, -1, True), (48, 64), "multiples of 32"),
-        (Scheme("pack-quantized", 8, -1, False), (62, 64), "multiples of 4"),
+        (Scheme("pack-quantized", 4, -1, False), (60, 64), "multiples of 8"),
+        (Scheme("pack-quantized", 8, 64, False), (64, 64), "8 bits, asymmetric"),
     ],
 )
 def test_what_loaders_reject_is_refused(scheme: Scheme, shape: tuple[int, int], said: str) -> None:
@@ -46,12 +47,17 @@ def test_a_misfit_is_named_among_linears_that_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme",
-    [Scheme("gptq", 3, 64, True), Scheme("gptq_v2", 4, 64, False), Scheme("gptq", 4, 256, True)],
+    ("scheme", "other"),
+    [
+        (Scheme("gptq", 3, 64, True), "vLLM"),
+        (Scheme("gptq_v2", 4, 64, False), "vLLM"),
+        (Scheme("gptq", 4, 256, True), "vLLM"),
+        (Scheme("pack-quantized", 4, 64, False), "transformers"),
+    ],
 )
-def test_what_one_loader_reads_is_no_refusal_but_the_other_is_named(scheme: Scheme) -> None:
+def test_what_one_loader_reads_is_no_refusal_but_the_other_is_named(scheme: Scheme, other: str) -> None:
     assert refusal(scheme, {"q_proj": (64, 256)}) is None
-    assert list(rejections(scheme)) == ["vLLM"]
+    assert list(rejections(scheme)) == [other]
 
 
 def test_names_and_shapes_are_those_of_the_loaders() -> None:
