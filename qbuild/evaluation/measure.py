@@ -12,7 +12,7 @@ from qbuild.errors import InputError
 
 __all__ = ["Comparison", "Result"]
 
-ROWS = 64  # logits that are in float64 at a time
+ROWS = 16  # positions whose logits are in float64 at a time
 
 
 @dataclass(frozen=True)

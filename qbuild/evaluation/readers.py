@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,9 +15,12 @@ from qbuild import kernels
 from qbuild.arch.convert import TensorSpec, Transform
 from qbuild.calibration.weights import Read
 from qbuild.checkpoint import Checkpoint, Reader, SourceTensor
+from qbuild.errors import InputError
 from qbuild.ggml import QTYPES
+from qbuild.quant.packing import unpack
+from qbuild.quant.shapes import Scheme
 
-__all__ = ["Tensors", "gguf", "safetensors", "undo"]
+__all__ = ["Tensors", "gguf", "packed", "safetensors", "undo"]
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -41,6 +46,50 @@ def safetensors(checkpoint: Checkpoint, reader: Reader) -> Tensors:
         return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
 
     return Tensors(tuple(checkpoint.tensors), read)
+
+
+def packed(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> Tensors:
+    """The tensors of safetensors files of quantized linears, ``shapes`` those of their source: the quantized ones as
+    float32, the others as they are stored."""
+    stored = {name: entry for path in files for name, entry in _header(path)}
+
+    def read(name: str) -> torch.Tensor:
+        if name in stored:
+            return stored[name].read()
+        linear = name.removesuffix(".weight")
+        parts = {part: entry.read() for part, entry in stored.items() if part.startswith(f"{linear}.")}
+        return unpack(scheme, linear, parts, *shapes[name]).dequantize()
+
+    return Tensors(tuple(shapes), read)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of a safetensors file of any dtype; ``checkpoint`` opens those only that can be quantized."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def read(self) -> torch.Tensor:
+        data = bytearray(self.stop - self.start)
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            if file.readinto(data) < len(data):
+                raise InputError(str(self.path), "ends before its last tensor", "build it again")
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
+
+
+def _header(path: Path) -> Iterator[tuple[str, _Entry]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + length + offset for offset in entry["data_offsets"])
+            yield name, _Entry(path, entry["dtype"], tuple(entry["shape"]), start, stop)
 
 
 @dataclass(frozen=True)

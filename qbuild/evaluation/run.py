@@ -16,7 +16,7 @@ from qbuild.evaluation.readers import Tensors
 
 __all__ = ["Task", "evaluate", "states", "weight_errors"]
 
-ROWS = 128  # positions whose logits of both models are in memory at a time
+ROWS = 64  # positions whose logits of both models are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def _streamed(task: Task, model: Tensors) -> Streamed:
 
 def _states(task: Task, model: Streamed) -> torch.Tensor:
     windows = task.windows
-    hidden = torch.stack([model.embed(window[None])[0].cpu() for window in windows])
+    hidden = torch.empty(*windows.shape, model.width, dtype=model.dtype)
+    for number, window in enumerate(windows):
+        hidden[number] = model.embed(window[None])[0].cpu()
     model.release()
     for index in range(model.count):
         with model.layer(index) as layer:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from arch.arch_kit import maker
+from safetensors.torch import save_file
 
 from qbuild import kernels
 from qbuild.arch import mix
@@ -22,6 +23,9 @@ from qbuild.evaluation import readers
 from qbuild.evaluation.measure import Comparison, Result
 from qbuild.evaluation.readers import Tensors
 from qbuild.evaluation.run import Task, evaluate, states, weight_errors
+from qbuild.quant.codes import Codes
+from qbuild.quant.packing import pack
+from qbuild.quant.shapes import LAYOUTS, Scheme
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "tests" / "data" / "tiny-llama"
@@ -205,3 +209,39 @@ def test_a_text_too_short_is_refused(shape: tuple[int, int], source: Tensors) ->
 def test_a_result_survives_json() -> None:
     result = Result(8.25, 7.5, 0.125, 0.75, 4096)
     assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_directorys_quantized_linears_are_dequantized(
+    layout: str, checkpoint: Checkpoint, source: Tensors, tmp_path: Path
+) -> None:
+    """Every linear of a layer in the layout, everything else as it was."""
+    scheme = Scheme(layout, 4, 32, symmetric=layout in ("gptq", "pack-quantized"))
+    stored, expected = {}, {}
+    for name in source.names:
+        tensor = expected[name] = source.read(name)
+        if ".layers." in name and tensor.dim() == 2:
+            codes = rounded(tensor.float(), scheme)
+            expected[name] = codes.dequantize()
+            stored |= pack(scheme, name.removesuffix(".weight"), codes)
+        else:
+            stored[name] = tensor
+    save_file(stored, tmp_path / "model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    found = readers.packed([tmp_path / "model.safetensors"], shapes, scheme)
+    assert found.names == source.names
+    for name in found.names:
+        assert torch.equal(found.read(name), expected[name]), name
+
+
+def rounded(weights: torch.Tensor, scheme: Scheme) -> Codes:
+    """Round to nearest between each group's least and largest weight, or around zero."""
+    w = weights.unflatten(1, (-1, scheme.group_size))
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+    if scheme.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scales = ((high - low) / 15).half()
+    zeros = torch.full_like(scales, 8) if scheme.symmetric else (-low / scales).round().clamp(0, 15)
+    codes = (w / scales[..., None] + zeros[..., None]).round().clamp(0, 15).flatten(1)
+    return Codes(codes.to(torch.uint8), scales, zeros.to(torch.uint8), 4, scheme.group_size, scheme.symmetric)
