@@ -93,7 +93,10 @@ def family(config: Mapping[str, Any], place: str) -> Family:
     names = config.get("architectures") or []
     for name in names:
         if name in FAMILIES:
-            return FAMILIES[name]
+            found = FAMILIES[name]
+            return (
+                found if found.without_experts is None or config.get("num_experts_per_tok") else found.without_experts
+            )
     wanted = names[0] if names else str(config.get("model_type", "nothing named"))
     near = difflib.get_close_matches(wanted, FAMILIES, 1, 0.3)
     remedy = (f"nearest: {near[0]}; " if near else "") + "known: " + ", ".join(FAMILIES)
@@ -121,6 +124,28 @@ SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
 SHARED_COUNT = ("n_shared_experts", "moe_num_shared_experts")
 
 
+def layer_kinds(config: Mapping[str, Any]) -> list[str]:
+    """What mixes each layer's positions: ``conv`` or ``attention``."""
+    count = config["num_hidden_layers"]
+    full, types = config.get("full_attn_idxs"), config.get("layer_types") or ()
+    if full is not None:
+        return ["attention" if i in full else "conv" for i in range(count)]
+    return ["conv" if kind == "conv" else "attention" for kind in (*types, *[""] * (count - len(types)))]
+
+
+def feed_forward(config: Mapping[str, Any]) -> int:
+    """The width of the feed-forward. LFM2 gives one that it takes two thirds of, times a factor, rounded up."""
+    width: int | None = find(config, "block_ff_dim", "intermediate_size")
+    if width is None:
+        raise KeyError("intermediate_size")
+    if not config.get("block_auto_adjust_ff_dim"):
+        return width
+    factor, multiple = config.get("block_ffn_dim_multiplier"), config["block_multiple_of"]
+    width = int(2 * width / 3)
+    width = width if factor is None else int(factor * width)
+    return int(-(-width // multiple) * multiple)
+
+
 def _latent_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """The letters of multi-head latent attention."""
     n, rank, values = config["num_attention_heads"], config["kv_lora_rank"], config["v_head_dim"]
@@ -137,20 +162,27 @@ class _Shapes:
     def __init__(self, config: Mapping[str, Any], rules: Family, place: str) -> None:
         self.config, self.rules, self.fused = config, rules, False
         for name in rules.refused:
-            if config.get(name):
+            key, wanted = name.removeprefix("!"), name.startswith("!")
+            if bool(config.get(key)) != wanted:
                 remedy = "llama.cpp does not convert such models either"
-                raise InputError(place, f"config.json sets {name}: {config[name]}", remedy)
+                raise InputError(place, f"config.json sets {key}: {config.get(key)}", remedy)
+        for kind in config.get("layer_types", ()) if rules.kinds else ():
+            if kind not in rules.kinds:
+                remedy = "convert it with llama.cpp, then model.source=FILE.gguf"
+                raise InputError(place, f"layers of {kind} are not supported", remedy)
         try:
-            self.layers: int = config["num_hidden_layers"]
+            self.last: int = config["num_hidden_layers"]
             self.size = self._sizes(config)
-            dense = find(config, "first_k_dense_replace", "moe_layer_start_index")
-            self.dense: int = (0 if self.size["e"] else self.layers) if dense is None else dense
+            dense = find(config, "first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+            self.dense: int = (0 if self.size["e"] else self.last) if dense is None else dense
+            self.layers = self.last + (config.get("num_nextn_predict_layers", 0) if rules.next_layers else 0)
+            self.kinds = layer_kinds(config)
         except KeyError as error:
             raise InputError(place, f"config.json has no {error.args[0]}", "fetch config.json again") from None
 
     @staticmethod
     def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
-        n, hidden, ff = config["num_attention_heads"], config["hidden_size"], config["intermediate_size"]
+        n, hidden, ff = config["num_attention_heads"], config["hidden_size"], feed_forward(config)
         g, d = config.get("num_key_value_heads", n), config.get("head_dim", hidden // n)
         size = {"h": hidden, "f": ff, "v": config["vocab_size"], "n": n, "g": g, "d": d, "q": n * d, "k": g * d, "1": 1}
         size["e"] = find(config, *EXPERTS) or 0
@@ -158,6 +190,7 @@ class _Shapes:
         size |= {"m": m, "s": find(config, *SHARED) or m * (find(config, *SHARED_COUNT) or 0) or ff}
         if "kv_lora_rank" in config:
             size |= _latent_sizes(config)
+        size |= {"l": config.get("conv_L_cache", 0), "c": 3 * hidden, "H": 2 * hidden}
         return size | {"b": size["q"] + 2 * size["k"], "F": 2 * ff}
 
     def of(self, row: Row) -> tuple[int, ...]:
@@ -182,6 +215,10 @@ class _Shapes:
     def _holds(self, word: str, layer: int) -> bool:
         if word in ("dense", "sparse"):
             return (layer < self.dense) == (word == "dense")
+        if word in ("attention", "conv"):
+            return self.kinds[layer] == word
+        if word == "next":
+            return layer >= self.last
         if word in ("fused", "?"):
             return word == "fused" and self.fused
         return not self.config.get(word[1:]) if word.startswith("!") else bool(self.config.get(word))
@@ -368,7 +405,7 @@ class _Converter:
         return Transform(row.change) if row.change == "add_one" else Transform()
 
 
-ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight")
 
 
 def _by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -464,6 +501,8 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         shapes = _Shapes(settings(checkpoint.config, rules), rules, checkpoint.source)
         arch, n_layer, n_expert = rules.arch, shapes.layers, shapes.size["e"]
         n_head, n_kv = shapes.size["n"], 1 if rules.one_kv_head else shapes.size["g"]
+        if shapes.kinds[0] != "attention":
+            n_kv = 0  # llama-quantize looks at the first layer
     is_70b = LAYERS_OF_70B.get(arch) == n_layer and (arch != "llama" or n_head != n_kv)
     parameters = sum(prod(t.shape) for t in checkpoint.tensors.values())
     return ModelFacts(arch, n_layer, n_head, n_kv, n_expert, is_70b, parameters)

@@ -5,7 +5,7 @@ A row is one tensor of the GGUF file. Its shape is written in letters, one for e
     h hidden   f feed-forward   v vocabulary   q, k rows of the query and of the key or value projection   d head
     e experts   m feed-forward of an expert   s of the shared expert   b query, key and value rows in one
     F two times f
-    n query heads   g key-value heads
+    H two times h   n query heads   g key-value heads   l taps of a convolution   c rows of its input, three times h
 
 Of multi-head latent attention:
 
@@ -27,7 +27,8 @@ class Row(NamedTuple):
 
     ``when``: empty, always there; a config key, there when it is true; ``!key``, when it is false; ``?``, welcome but
     never missed; ``fused``, with all experts of a layer in one tensor; ``dense``, in the leading layers that have no
-    experts; ``sparse``, in those that follow; several words must all hold.
+    experts; ``sparse``, in those that follow; ``attention`` or ``conv``, in layers of that kind; ``next``, beyond the
+    last. Several words must all hold.
     ``change``: what happens to the values or rows, see ``convert.Transform``; ``part``: (which, of how many) rows;
     ``source``: the shape in the checkpoint, where ``shape`` does not tell.
     """
@@ -51,9 +52,13 @@ class Family:
     prefix: str = "model.layers."
     dropped: tuple[str, ...] = ()  # how names of tensors begin that are left out
     rope: str = ""  # which generated tensors of rope factors it may have: llama3, longrope
-    refused: tuple[str, ...] = ()  # config keys that must not be set: llama.cpp does not convert such models either
+    refused: tuple[str, ...] = ()  # config keys that must not be set (!key: must be): llama.cpp stops there too
     real_rows: bool = False  # the embedding loses its rows beyond the tokenizer's vocabulary
     spare_layers: bool = False  # layers beyond the last (they predict several tokens) are left out
+    next_layers: bool = False  # or they are converted, as many as num_nextn_predict_layers says
+    kinds: tuple[str, ...] = ()  # what layer_types may say, where it decides what a layer is made of
+    bare: bool = False  # the converter reads config.json itself, without transformers' defaults
+    without_experts: Family | None = None  # what it is when num_experts_per_tok is zero
     one_kv_head: bool = False  # as llama.cpp counts them: latent attention has one for all
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -92,6 +97,15 @@ def _norms(names: Mapping[str, str], bias: str | None = None) -> tuple[Row, ...]
     if bias is not None:
         rows += [Row(f"{hf}.bias", f"{gguf}.bias", "h", bias) for hf, gguf in names.items()]
     return tuple(rows)
+
+
+def _granite_shared(when: str, gguf: str) -> tuple[Row, ...]:
+    """The expert that all share, whose gate and up stand in one tensor; without others it is the feed-forward."""
+    return (
+        Row("shared_mlp.input_linear.weight", f"ffn_gate{gguf}.weight", "sh", when, "", (0, 2)),
+        Row("shared_mlp.input_linear.weight", f"ffn_up{gguf}.weight", "sh", when, "", (1, 2)),
+        Row("shared_mlp.output_linear.weight", f"ffn_down{gguf}.weight", "hs", when),
+    )
 
 
 EMBEDDING = Row("model.embed_tokens.weight", "token_embd.weight", "vh")
@@ -190,14 +204,46 @@ STABLE_NORMS = (
 )
 NORM_BIAS = Row("model.norm.bias", "output_norm.bias", "h")
 GRANITE_EXPERTS = (  # the router, and experts whose gate and up stand in one tensor
-    Row("block_sparse_moe.router.layer.weight", "ffn_gate_inp.weight", "eh"),
-    Row("block_sparse_moe.input_linear.weight", "ffn_gate_exps.weight", "efh", "", "", (0, 2)),
-    Row("block_sparse_moe.input_linear.weight", "ffn_up_exps.weight", "efh", "", "", (1, 2)),
-    Row("block_sparse_moe.output_linear.weight", "ffn_down_exps.weight", "ehf"),
-    Row("shared_mlp.input_linear.weight", "ffn_gate_shexp.weight", "sh", "shared_intermediate_size", "", (0, 2)),
-    Row("shared_mlp.input_linear.weight", "ffn_up_shexp.weight", "sh", "shared_intermediate_size", "", (1, 2)),
-    Row("shared_mlp.output_linear.weight", "ffn_down_shexp.weight", "hs", "shared_intermediate_size"),
+    Row("block_sparse_moe.router.layer.weight", "ffn_gate_inp.weight", "eh", "num_local_experts"),
+    Row("block_sparse_moe.input_linear.weight", "ffn_gate_exps.weight", "efh", "num_local_experts", "", (0, 2)),
+    Row("block_sparse_moe.input_linear.weight", "ffn_up_exps.weight", "efh", "num_local_experts", "", (1, 2)),
+    Row("block_sparse_moe.output_linear.weight", "ffn_down_exps.weight", "ehf", "num_local_experts"),
+    *_granite_shared("num_local_experts shared_intermediate_size", "_shexp"),
+    *_granite_shared("!num_local_experts shared_intermediate_size", ""),
 )
+NEXT = (  # of a layer that predicts one token more
+    Row("eh_proj.weight", "nextn.eh_proj.weight", "hH", "next"),
+    Row("enorm.weight", "nextn.enorm.weight", "h", "next"),
+    Row("hnorm.weight", "nextn.hnorm.weight", "h", "next"),
+    Row("shared_head.norm.weight", "nextn.shared_head_norm.weight", "h", "next"),
+    Row("shared_head.head.weight", "nextn.shared_head_head.weight", "vh", "?"),
+    Row("embed_tokens.weight", "nextn.embed_tokens.weight", "vh", "?"),
+)
+LFM2_MIXER = (
+    *_norms({"operator_norm": "attn_norm", "ffn_norm": "ffn_norm"}),
+    Row("conv.conv.weight", "shortconv.conv.weight", "hl", "conv", source="h1l"),
+    Row("conv.in_proj.weight", "shortconv.in_proj.weight", "ch", "conv"),
+    Row("conv.out_proj.weight", "shortconv.out_proj.weight", "hh", "conv"),
+    Row("self_attn.q_proj.weight", "attn_q.weight", "qh", "attention"),
+    Row("self_attn.k_proj.weight", "attn_k.weight", "kh", "attention"),
+    Row("self_attn.v_proj.weight", "attn_v.weight", "kh", "attention"),
+    Row("self_attn.out_proj.weight", "attn_output.weight", "hq", "attention"),
+    Row("self_attn.q_layernorm.weight", "attn_q_norm.weight", "d", "attention"),
+    Row("self_attn.k_layernorm.weight", "attn_k_norm.weight", "d", "attention"),
+)
+LFM2_FEED_FORWARD = (
+    Row("feed_forward.w1.weight", "ffn_gate.weight", "fh", "dense"),
+    Row("feed_forward.w2.weight", "ffn_down.weight", "hf", "dense"),
+    Row("feed_forward.w3.weight", "ffn_up.weight", "fh", "dense"),
+)
+LFM2_EXPERTS = (
+    Row("feed_forward.gate.weight", "ffn_gate_inp.weight", "eh", "sparse"),
+    Row("feed_forward.expert_bias", "exp_probs_b.bias", "e", "sparse use_expert_bias"),
+    Row("feed_forward.experts.*.w1.weight", "ffn_gate_exps.weight", "emh", "sparse"),
+    Row("feed_forward.experts.*.w2.weight", "ffn_down_exps.weight", "ehm", "sparse"),
+    Row("feed_forward.experts.*.w3.weight", "ffn_up_exps.weight", "emh", "sparse"),
+)
+LFM2_OUTER = (EMBEDDING, Row("model.embedding_norm.weight", "token_embd_norm.weight", "h"), HEAD)
 GLM4_NORMS = _norms(
     {
         "input_layernorm": "attn_norm",
@@ -243,13 +289,18 @@ NOT_USED = ("lm_head.weight",)  # autoawq saves Gemma's tied head
 
 NO_GATE = tuple(row for row in _mlp("mlp_bias") if "gate" not in row.gguf)
 GRANITE_MOE = Family(
-    "granitemoe", (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias", True), *GRANITE_EXPERTS), OUTER
+    "granitemoe",
+    (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias", True), *GRANITE_EXPERTS),
+    OUTER,
+    refused=("!num_local_experts",),
+    defaults={"num_local_experts": 8},
 )
 
 LLAMA = Family("llama", LLAMA_LAYER, OUTER, rope="llama3")
 MISTRAL3 = replace(LLAMA, arch="mistral3")
 QWEN2_LAYER = (*LLAMA_NORMS, *_attention("", "?"), *_mlp())
 QWEN3_LAYER = (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias"), *HEAD_NORMS)
+GRANITE4 = replace(GRANITE_MOE, kinds=("attention",), bare=True)
 QWEN2VL = Family("qwen2vl", QWEN2_LAYER, OUTER)
 ERNIE_ATTENTION = (*LLAMA_NORMS, *_attention("use_bias", "use_bias"))
 QWEN2MOE_LAYER = (*LLAMA_NORMS, *_attention("qkv_bias", "?"), *QWEN_EXPERTS, *SHARED_EXPERT)
@@ -280,6 +331,7 @@ FAMILIES: dict[str, Family] = {
     "GraniteForCausalLM": Family("granite", LLAMA_LAYER, OUTER, rope="llama3"),
     "GraniteMoeForCausalLM": GRANITE_MOE,
     "GraniteMoeSharedForCausalLM": GRANITE_MOE,
+    "GraniteMoeHybridForCausalLM": replace(GRANITE4, without_experts=replace(GRANITE4, arch="granite", refused=())),
     "ArceeForCausalLM": Family(
         "arcee", (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias", True), *NO_GATE), OUTER, rope="llama3"
     ),
@@ -304,6 +356,45 @@ FAMILIES: dict[str, Family] = {
     "Glm4ForCausalLM": Family(
         "glm4",
         (*GLM4_NORMS, *_attention("attention_bias", "?"), *PHI3_LAYER[-2:]),
+        OUTER,
+    ),
+    "Glm4MoeForCausalLM": Family(
+        "glm4moe",
+        (
+            *SEED_NORMS,
+            *_attention("attention_bias", "?"),
+            *(row._replace(when="use_qk_norm") for row in HEAD_NORMS),
+            *_no_bias(_mlp("", "dense")),
+            *DEEPSEEK_EXPERTS,
+            EXPERT_BIAS,
+            *NEXT,
+        ),
+        OUTER,
+        next_layers=True,
+    ),
+    "Lfm2ForCausalLM": Family(
+        "lfm2",
+        (*LFM2_MIXER, *LFM2_FEED_FORWARD),
+        LFM2_OUTER,
+        kinds=("conv", "full_attention"),
+        defaults={"tie_word_embeddings": True},
+    ),
+    "Lfm2MoeForCausalLM": Family(
+        "lfm2moe",
+        (*LFM2_MIXER, *LFM2_FEED_FORWARD, *LFM2_EXPERTS),
+        LFM2_OUTER,
+        kinds=("conv", "full_attention"),
+        defaults={"tie_word_embeddings": True},
+    ),
+    "HunYuanDenseV1ForCausalLM": Family(
+        "hunyuan-dense",
+        (
+            *LLAMA_NORMS,
+            *_attention("attention_bias", "attention_bias"),
+            Row("self_attn.query_layernorm.weight", "attn_q_norm.weight", "d"),
+            Row("self_attn.key_layernorm.weight", "attn_k_norm.weight", "d"),
+            *_no_bias(_mlp()),
+        ),
         OUTER,
     ),
     "Exaone4ForCausalLM": Family(

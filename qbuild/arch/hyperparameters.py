@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qbuild.arch.convert import find, rotated
+from qbuild.arch.convert import feed_forward, find, layer_kinds, rotated
 from qbuild.errors import InputError
 
 __all__ = ["parameters"]
@@ -114,6 +114,11 @@ def parameters(arch: str, config: Values, folder: Path) -> tuple[Values, Values]
         config = {k: v for k, v in config.items() if k != "head_dim"}
     if arch == "deepseek2":
         config = {"rms_norm_eps": 1e-6, **config, "num_key_value_heads": 1}
+    if arch == "hunyuan-dense":
+        config = {k: v for k, v in config.items() if k != "num_experts"}
+    if arch in ("lfm2", "lfm2moe"):
+        heads = config["num_key_value_heads"]
+        config = {**config, "num_key_value_heads": [heads * (kind != "conv") for kind in layer_kinds(config)]}
     values = _common(config, rope)
     if arch in EXTRAS:
         values |= EXTRAS[arch](config, rope)
@@ -216,12 +221,28 @@ def _mistral3(config: Values, rope: Values) -> Values:
 
 
 def _granite(config: Values, rope: Values) -> Values:
-    return _llama(config, rope) | {name: config[key] for name, key in GRANITE if config.get(key)}
+    values = _llama(config, rope) | {name: config[key] for name, key in GRANITE if config.get(key)}
+    if shared := config.get("shared_intermediate_size"):
+        values["expert_shared_feed_forward_length"] = shared
+    return values | (_granite4(config, rope) if config.get("model_type") == "granitemoehybrid" else {})
 
 
-def _granite_moe(config: Values, rope: Values) -> Values:
-    shared = config.get("shared_intermediate_size")
-    return _granite(config, rope) | ({"expert_shared_feed_forward_length": shared} if shared else {})
+def _granite4(config: Values, _: Values) -> Values:
+    """What the converter writes of state space layers for a Granite 4 that has none."""
+    heads = find(config, "n_heads", "num_heads", "mamba_n_heads", "mamba_num_heads")
+    inner = find(config, "expand", "num_heads", "mamba_expand", "mamba_num_heads")
+    state = ("state_size", "d_state", "state_dim", "ssm_state_size", "mamba_state_size", "mamba_d_state")
+    values = {
+        "ssm_conv_kernel": find(config, "conv_kernel", "d_conv", "mamba_conv_kernel", "mamba_d_conv"),
+        "ssm_state_size": find(config, *state),
+        "ssm_group_count": find(config, "n_groups", "num_groups", "mamba_n_groups", "mamba_num_groups"),
+        "ssm_inner_size": inner * find(config, "mamba_head_dim", "hidden_size", "d_model"),
+        "ssm_time_step_rank": heads,
+        "rope_dimension_count": config.get("attn_rotary_emb") or None,
+        "head_count_kv": [config["num_key_value_heads"]] * config["num_hidden_layers"],
+        "rope_scaling_finetuned": True,
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _command_r(config: Values, _: Values) -> Values:
@@ -292,6 +313,67 @@ def _minicpm(config: Values, _: Values) -> Values:
 
 def _qwen3vl(config: Values, _: Values) -> Values:
     return {"num_deepstack_layers": len(config.get("vision_config", {}).get("deepstack_visual_indexes", []))}
+
+
+def _glm4_moe(config: Values, rope: Values) -> Values:
+    import gguf
+
+    keys = (
+        ("expert_count", "n_routed_experts"),
+        ("expert_feed_forward_length", "moe_intermediate_size"),
+        ("expert_shared_count", "n_shared_experts"),
+        ("leading_dense_block_count", "first_k_dense_replace"),
+        ("expert_weights_scale", "routed_scaling_factor"),
+        ("expert_weights_norm", "norm_topk_prob"),
+        ("nextn_predict_layers", "num_nextn_predict_layers"),
+    )
+    return {
+        "block_count": config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0),
+        **_glm4(config, rope),
+        **_listed(keys[:4], config),
+        "expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID,
+        **_listed(keys[4:], config),
+    }
+
+
+def _lfm2(config: Values, _: Values) -> Values:
+    return {
+        "vocab_size": config["vocab_size"],
+        "shortconv_l_cache": config["conv_L_cache"],
+        "layer_norm_rms_eps": config["norm_eps"],
+        "feed_forward_length": feed_forward(config),
+    }
+
+
+def _lfm2_moe(config: Values, _: Values) -> Values:
+    import gguf
+
+    return {
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "leading_dense_block_count": config["num_dense_layers"],
+        "expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID,
+        "vocab_size": config["vocab_size"],
+        "shortconv_l_cache": config["conv_L_cache"],
+    }
+
+
+def _hunyuan(config: Values, rope: Values) -> Values:
+    """Rotation slowed by a factor, for a context that config.json understates."""
+    import gguf
+
+    if rope.get("rope_type") != "dynamic":
+        return {}
+    base, dim = rope.get("rope_theta", 10000.0), config["head_dim"]
+    if base != 10000.0 or config["max_position_embeddings"] not in (32 * 1024, 256 * 1024):
+        fact = f"dynamic rope with a base of {base} and {config['max_position_embeddings']} positions is not supported"
+        raise InputError("config.json", fact, "llama.cpp's converter stops too")
+    return {
+        "rope_freq_base": base * (rope.get("alpha", 50) ** (dim / (dim - 2))),
+        "rope_scaling_type": gguf.RopeScalingType.NONE,
+        "rope_scaling_factor": 1,
+        "rope_scaling_orig_ctx_len": 256 * 1024,
+        "context_length": 256 * 1024,
+    }
 
 
 def _dots1(config: Values, rope: Values) -> Values:
@@ -453,12 +535,16 @@ EXTRAS: dict[str, Extra] = {
     "llama": _llama,
     "smollm3": _llama,
     "granite": _granite,
-    "granitemoe": _granite_moe,
+    "granitemoe": _granite,
     "arcee": _llama,
     "mistral3": _mistral3,
     "command-r": _command_r,
     "cohere2": _cohere2,
     "glm4": _glm4,
+    "glm4moe": _glm4_moe,
+    "lfm2": _lfm2,
+    "lfm2moe": _lfm2_moe,
+    "hunyuan-dense": _hunyuan,
     "exaone4": _exaone4,
     "ernie4_5-moe": _ernie_moe,
     "minicpm": _minicpm,

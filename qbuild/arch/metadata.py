@@ -8,6 +8,7 @@ twice keeps its first place. The type of the file is left out: llama-quantize re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def metadata(checkpoint: Checkpoint, name: str | None) -> list[KV]:
     folder = checkpoint.root
     if folder is None:
         raise ValueError("BUG: metadata of a checkpoint that is not on disk")
-    arch = convert.family(checkpoint.config, checkpoint.source).arch
-    config = load_config(folder)
+    rules = convert.family(checkpoint.config, checkpoint.source)
+    arch, config = rules.arch, load_config(folder, bare=rules.bare)
     writer = gguf.GGUFWriter(None, arch)
     try:
         first, params = hyperparameters.parameters(arch, config, folder)
@@ -66,14 +67,14 @@ def _kv(key: str, item: Any) -> KV:
     return encode_kv(key, item.value, vtype, GGUFType(int(sub)))
 
 
-def load_config(folder: Path) -> dict[str, Any]:
-    """The configuration with transformers' defaults, as the converter sees it."""
-    from transformers import AutoConfig
+def load_config(folder: Path, *, bare: bool = False) -> dict[str, Any]:
+    """The configuration with transformers' defaults, as the converter sees it; ``bare``: without them."""
+    config: dict[str, Any] = vocab.read_json(folder / "config.json")
+    if not bare:
+        from transformers import AutoConfig
 
-    try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    except Exception:  # whatever it is, the converter goes on with the bare file
-        config = vocab.read_json(folder / "config.json")
+        with suppress(Exception):  # whatever it is, the converter goes on with the bare file
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     return {**config, **config.get("text_config", {})}
 
 

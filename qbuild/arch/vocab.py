@@ -53,6 +53,8 @@ class Tokens(NamedTuple):
 
 def tokenizer(arch: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What the converter writes of a tokenizer, as {gguf's writer method without add_: value} in its order."""
+    if config.get("model_type") == "granitemoehybrid":
+        return _sentencepiece_or_bpe(folder, config)
     return TOKENIZERS.get(arch, _bpe_only)(folder, config)
 
 
@@ -146,6 +148,24 @@ def _glm4(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return _written(bpe(folder, config.get("vocab_size")), folder, known)
 
 
+def _glm4_moe(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    known = {"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"}
+    return _written(bpe(folder, config.get("vocab_size")), folder, known)
+
+
+def _hunyuan(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The end of a turn and of a text are not where the tokenizer's files say."""
+    values = _bpe_only(folder, config)
+    bare = read_json(folder / "config.json")
+    end = {**bare, **bare.get("text_config", {})}.get("eod_token_id")
+    turn = (read_json(folder / "generation_config.json") or {}).get("eos_token_id")
+    if end is not None:
+        values["eos_token_id"] = end
+    if isinstance(turn, list) and len(turn) >= 2:
+        values["eot_token_id"] = turn[0]
+    return values
+
+
 def _ernie(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     prefix = (read_json(folder / "tokenizer_config.json") or {}).get("add_prefix_space")
     return _sentencepiece_only(folder, config) | ({} if prefix is None else {"add_space_prefix": prefix})
@@ -163,6 +183,8 @@ TOKENIZERS: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
     "arcee": _llama,
     "mistral3": _llama,
     "glm4": _glm4,
+    "glm4moe": _glm4_moe,
+    "hunyuan-dense": _hunyuan,
     "ernie4_5": _ernie,
     "ernie4_5-moe": _ernie,
     "minicpm": _sentencepiece_only,

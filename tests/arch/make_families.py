@@ -49,6 +49,11 @@ LATENT = {
     "num_hidden_layers": 3, "n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2,
     "moe_intermediate_size": 64, "moe_layer_freq": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
+GRANITE4 = {
+    "layer_types": ["attention"] * 2, "shared_intermediate_size": 96, "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0, "mamba_n_heads": 4,
+    "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_head": 64, "mamba_d_conv": 4, "mamba_expand": 2,
+}  # fmt: skip
 GEMMA3 = {"head_dim": 64, "sliding_window": 512, "query_pre_attn_scalar": 64, "tie_word_embeddings": True}
 
 
@@ -68,7 +73,7 @@ def family(architecture: str, model_type: str, **over: Any) -> dict[str, Any]:
 
 
 def bpe(architecture: str, model_type: str, **over: Any) -> dict[str, Any]:
-    return family(architecture, model_type, **NARROW, **over, _tokenizer=BPE)
+    return family(architecture, model_type, **NARROW | over, _tokenizer=BPE)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -94,6 +99,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "granite-moe-shared": bpe(
         "GraniteMoeSharedForCausalLM", "granitemoeshared", num_local_experts=8, num_experts_per_tok=2,
         shared_intermediate_size=96, attention_multiplier=0.015625,
+    ),
+    "granite4": bpe(
+        "GraniteMoeHybridForCausalLM", "granitemoehybrid", **GRANITE4, num_local_experts=0, num_experts_per_tok=0,
+        tie_word_embeddings=True,
+    ),
+    "granite4-moe": bpe(
+        "GraniteMoeHybridForCausalLM", "granitemoehybrid", **GRANITE4, num_local_experts=4, num_experts_per_tok=2,
     ),
     "arcee": bpe("ArceeForCausalLM", "arcee", head_dim=32, hidden_act="relu2"),
     "seed-oss": bpe(
@@ -150,6 +162,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "glm4": bpe(
         "Glm4ForCausalLM", "glm4", head_dim=32, attention_bias=True, partial_rotary_factor=0.5,
         bos_token_id=None, eos_token_id=None, _tokens=("<|user|>",),
+    ),
+    "glm4-moe": bpe(
+        "Glm4MoeForCausalLM", "glm4_moe", head_dim=32, attention_bias=True, use_qk_norm=True, n_routed_experts=4,
+        n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=64, first_k_dense_replace=1, n_group=1,
+        topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.5, num_nextn_predict_layers=1, num_hidden_layers=3,
+        partial_rotary_factor=0.5, _tokens=("[gMASK]", "<|user|>", "<|observation|>"),
+        _extra={
+            "model.layers.3.embed_tokens.weight": (46592, 128),
+            "model.layers.3.shared_head.head.weight": (46592, 128),
+        },
+    ),
+    "lfm2": bpe(
+        "Lfm2ForCausalLM", "lfm2", num_hidden_layers=4, full_attn_idxs=[1, 3], norm_eps=1e-5, rms_norm_eps=None,
+        intermediate_size=None, block_ff_dim=384, block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1.0,
+        block_multiple_of=32, conv_L_cache=3, conv_bias=False, tie_word_embeddings=True,
+    ),
+    "lfm2-attention-first": bpe(
+        "Lfm2ForCausalLM", "lfm2", layer_types=["full_attention", "conv"], norm_eps=1e-5, rms_norm_eps=None,
+        block_auto_adjust_ff_dim=False, conv_L_cache=4, conv_bias=False, tie_word_embeddings=True,
+    ),
+    "lfm2-moe": bpe(
+        "Lfm2MoeForCausalLM", "lfm2_moe", num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"],
+        norm_eps=1e-5, rms_norm_eps=None, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2,
+        num_dense_layers=1, use_expert_bias=True, conv_L_cache=3, conv_bias=False, tie_word_embeddings=True,
+    ),
+    "hunyuan-dense": bpe(
+        "HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", head_dim=32, eod_token_id=2, max_position_embeddings=32768,
+        rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1,
+                      "mscale": 1.0, "mscale_all_dim": 1.0},
+        tie_word_embeddings=True,
     ),
     "exaone4": bpe(
         "Exaone4ForCausalLM", "exaone4", head_dim=32, sliding_window=512, sliding_window_pattern="LLLG",
