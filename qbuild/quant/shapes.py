@@ -109,8 +109,8 @@ def _kinds(*bits: int, asymmetric: bool = True) -> frozenset[tuple[int, bool]]:
 
 MARLIN_GROUPS = frozenset({-1, 32, 64, 128})
 
-# transformers reads AWQ and GPTQ through GPTQModel (7.7: SUPPORTS_* of nn_modules/qlinear/torch.py, torch_awq.py), which
-# adds one to whole words of v1's zero points: one that wraps spoils its neighbours, so v1 must be symmetric. It reads
+# transformers reads AWQ and GPTQ through GPTQModel (7.7: SUPPORTS_* of qlinear/torch.py and torch_awq.py), which adds
+# one to whole words of v1's zero points: one that wraps spoils its neighbours, so v1 must be symmetric. It reads
 # pack-quantized through compressed-tensors (0.20), which expects zero points unpacked (llm-compressor#1618), so that
 # asymmetric ones need CompressedTensorsConfig(dequantize=True). vLLM: auto_awq.py, auto_gptq.py (TYPE_MAP; zero points
 # are not read), compressed_tensors_wNa16.py, whose Marlin kernel has zero points for 4 bits only.
