@@ -8,10 +8,12 @@ one), ``pack-quantized`` (compressed-tensors).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
+
+from qbuild.errors import InputError
 
 __all__ = [
     "ITEM_SIZES",
@@ -23,6 +25,7 @@ __all__ = [
     "quantization_config",
     "refusal",
     "rejections",
+    "scheme_of",
     "words",
 ]
 
@@ -100,49 +103,55 @@ class Loader:
     name: str
     layouts: tuple[str, ...]
     kinds: frozenset[tuple[int, bool]]  # bits, symmetric
-    group_sizes: frozenset[int] | None  # None: any
+    group_sizes: frozenset[int] | None = None  # None: any
+    experts: bool = True
 
 
 def _kinds(*bits: int, asymmetric: bool = True) -> frozenset[tuple[int, bool]]:
     return frozenset((b, s) for b in bits for s in ((True, False) if asymmetric else (True,)))
 
 
-MARLIN_GROUPS = frozenset({-1, 32, 64, 128})
+GPTQ_BITS, GPTQ_GROUPS = (2, 3, 4, 8), frozenset({-1, 16, 32, 64, 128, 256, 512, 1024})
+AWQ_GROUPS, MARLIN_GROUPS = frozenset({-1, 16, 32, 64, 128}), frozenset({-1, 32, 64, 128})
 
-# transformers reads AWQ and GPTQ through GPTQModel (7.7: SUPPORTS_* of qlinear/torch.py and torch_awq.py), which adds
-# one to whole words of v1's zero points: one that wraps spoils its neighbours, so v1 must be symmetric. It reads
-# pack-quantized through compressed-tensors (0.20), which expects zero points unpacked (llm-compressor#1618), so that
+# GPTQModel 7.7: SUPPORTS_* of qlinear/torch.py, torch_awq.py. It adds one to whole words of v1's zero points, and one
+# that wraps spoils its neighbours, so it refuses v1 that is not symmetric. transformers 5.23 reads AWQ and GPTQ through
+# it, but stacks experts and so finds no place for quantized ones: they stay random, with a warning. It reads
+# pack-quantized through compressed-tensors 0.20, which expects zero points unpacked (llm-compressor#1618), so that
 # asymmetric ones need CompressedTensorsConfig(dequantize=True). vLLM: auto_awq.py, auto_gptq.py (TYPE_MAP; zero points
 # are not read), compressed_tensors_wNa16.py, whose Marlin kernel has zero points for 4 bits only.
 LOADERS = (
-    Loader("transformers", ("awq-gemm",), _kinds(4), frozenset({-1, 16, 32, 64, 128})),
-    Loader("vLLM", ("awq-gemm",), _kinds(4), None),
-    Loader(
-        "transformers",
-        ("gptq",),
-        _kinds(2, 3, 4, 8, asymmetric=False),
-        frozenset({-1, 16, 32, 64, 128, 256, 512, 1024}),
-    ),
-    Loader("transformers", ("gptq_v2",), _kinds(2, 3, 4, 8), frozenset({-1, 16, 32, 64, 128, 256, 512, 1024})),
+    Loader("GPTQModel", ("awq-gemm",), _kinds(4), AWQ_GROUPS),
+    Loader("GPTQModel", ("gptq",), _kinds(*GPTQ_BITS, asymmetric=False), GPTQ_GROUPS),
+    Loader("GPTQModel", ("gptq_v2",), _kinds(*GPTQ_BITS), GPTQ_GROUPS),
+    Loader("transformers", ("awq-gemm",), _kinds(4), AWQ_GROUPS, experts=False),
+    Loader("transformers", ("gptq",), _kinds(*GPTQ_BITS, asymmetric=False), GPTQ_GROUPS, experts=False),
+    Loader("transformers", ("gptq_v2",), _kinds(*GPTQ_BITS), GPTQ_GROUPS, experts=False),
+    Loader("transformers", ("pack-quantized",), _kinds(2, 3, 4, 5, 6, 7, 8, asymmetric=False)),
+    Loader("vLLM", ("awq-gemm",), _kinds(4)),
     Loader("vLLM", ("gptq", "gptq_v2"), _kinds(4, 8, asymmetric=False), MARLIN_GROUPS),
-    Loader("transformers", ("pack-quantized",), _kinds(2, 3, 4, 5, 6, 7, 8, asymmetric=False), None),
     Loader("vLLM", ("pack-quantized",), _kinds(4) | _kinds(8, asymmetric=False), MARLIN_GROUPS),
 )
 
 
-def rejections(scheme: Scheme) -> dict[str, str]:
-    """Loaders that do not read such a checkpoint, and why; by the name of the loader."""
+def rejections(scheme: Scheme, linears: Iterable[str]) -> dict[str, str]:
+    """Loaders that do not read such a checkpoint, and why, by the name of the loader; ``linears`` are the quantized."""
+    kind = f"{scheme.bits} bits, {'symmetric' if scheme.symmetric else 'asymmetric'}"
+    experts = any(".experts." in name for name in linears)
     found = {}
-    for loader in LOADERS:
-        if scheme.layout not in loader.layouts:
-            continue
-        kind = f"{scheme.bits} bits, {'symmetric' if scheme.symmetric else 'asymmetric'}"
+    for loader in _loaders(scheme):
         if (scheme.bits, scheme.symmetric) not in loader.kinds:
             found[loader.name] = f"does not read {scheme.layout} of {kind}"
         elif loader.group_sizes is not None and scheme.group_size not in loader.group_sizes:
             sizes = ", ".join(map(str, sorted(loader.group_sizes)))
             found[loader.name] = f"reads {scheme.layout} in groups of {sizes}, not {scheme.group_size}"
+        elif experts and not loader.experts:
+            found[loader.name] = f"does not read experts of {scheme.layout}"
     return found
+
+
+def _loaders(scheme: Scheme) -> list[Loader]:
+    return [loader for loader in LOADERS if scheme.layout in loader.layouts]
 
 
 def refusal(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> str | None:
@@ -151,8 +160,8 @@ def refusal(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> str | None
         return f"there is no layout {scheme.layout!r}; layouts: {', '.join(LAYOUTS)}"
     if scheme.indexed and not scheme.layout.startswith("gptq"):
         return f"{scheme.layout} holds no index of groups, which this order of columns needs"
-    rejected = rejections(scheme)
-    if all(loader.name in rejected for loader in LOADERS if scheme.layout in loader.layouts):
+    rejected = rejections(scheme, shapes)
+    if len(rejected) == len(_loaders(scheme)):
         return "; ".join(f"{name} {why}" for name, why in rejected.items())
     misfits = (_misfit(scheme, *shape) for shape in shapes.values())
     return next((f"{name} {why}" for name, why in zip(shapes, misfits, strict=True) if why), None)
@@ -202,3 +211,33 @@ def _compressed_tensors(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
         "ignore": ignored, "kv_cache_scheme": None, "global_compression_ratio": None,
     }  # fmt: skip
+
+
+def scheme_of(config: Mapping[str, Any], dtype: str, place: str) -> Scheme:
+    """The scheme that a ``quantization_config`` describes, ours or another program's: the way back.
+
+    ``dtype`` is that of the plain tensors, a safetensors name. InputError, which names ``place``, for anything else.
+    """
+    method = config.get("quant_method")
+    try:
+        if method == "awq" and str(config.get("version", "gemm")).lower() == "gemm":
+            return Scheme("awq-gemm", config["bits"], config["group_size"], False, dtype=dtype)
+        layout = config.get("checkpoint_format", config.get("format", "gptq"))
+        if method == "gptq" and layout in ("gptq", "gptq_v2"):
+            kind = config["bits"], config["group_size"], config["sym"], config["desc_act"]
+            return Scheme(layout, *kind, dtype=dtype)
+        if method == "compressed-tensors" and config.get("format") == "pack-quantized":
+            (group,) = config["config_groups"].values()
+            weights = group["weights"]
+            return Scheme(
+                "pack-quantized",
+                weights["num_bits"],
+                weights.get("group_size") or -1,
+                weights["symmetric"],
+                dtype=dtype,
+            )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        fact = f"its quantization_config of {method} is not complete, or of several kinds of linears"
+        raise InputError(place, fact, "give a checkpoint of one kind of linears") from None
+    fact = f"is quantized by {method!r} in a layout that is not known here"
+    raise InputError(place, fact, f"layouts: {', '.join(LAYOUTS)}")

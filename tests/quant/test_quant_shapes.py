@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from subprocess import run
+from typing import Any
 
 import pytest
 
-from qbuild.quant.shapes import LAYOUTS, Scheme, packed, quantization_config, refusal, rejections
+from qbuild.errors import InputError
+from qbuild.quant.shapes import LAYOUTS, Scheme, packed, quantization_config, refusal, rejections, scheme_of
 
 FITS = {"q_proj": (64, 128)}
 
@@ -16,7 +18,7 @@ FITS = {"q_proj": (64, 128)}
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_what_loaders_read_is_not_refused(layout: str, group_size: int) -> None:
     assert refusal(Scheme(layout, 4, group_size, True), FITS) is None
-    assert rejections(Scheme(layout, 4, group_size, True)) == {}
+    assert rejections(Scheme(layout, 4, group_size, True), FITS) == {}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,15 @@ def test_a_misfit_is_named_among_linears_that_fit() -> None:
 )
 def test_what_one_loader_reads_is_no_refusal_but_the_other_is_named(scheme: Scheme, other: str) -> None:
     assert refusal(scheme, {"q_proj": (64, 256)}) is None
-    assert list(rejections(scheme)) == [other]
+    assert list(rejections(scheme, FITS)) == [other]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transformers_reads_experts_of_compressed_tensors_only(layout: str) -> None:
+    """Found by loading small Mixtral and Qwen2 MoE directories: of AWQ and GPTQ it leaves experts random."""
+    experts = {"model.layers.0.mlp.experts.0.up_proj": (64, 128)}
+    assert refusal(Scheme(layout, 4, 64, True), experts) is None
+    assert ("transformers" in rejections(Scheme(layout, 4, 64, True), experts)) == (layout != "pack-quantized")
 
 
 def test_names_and_shapes_are_those_of_the_loaders() -> None:
@@ -105,6 +115,32 @@ def test_a_whole_row_is_a_channel_in_compressed_tensors() -> None:
     config = quantization_config(Scheme("pack-quantized", 8, -1, True), [])
     weights = config["config_groups"]["group_0"]["weights"]
     assert (weights["strategy"], weights["group_size"]) == ("channel", None)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme("awq-gemm", 4, 64, False), Scheme("gptq", 3, 128, True), Scheme("gptq_v2", 4, 32, False, indexed=True),
+        Scheme("pack-quantized", 8, -1, True), Scheme("pack-quantized", 4, 32, False, dtype="BF16"),
+    ],
+)  # fmt: skip
+def test_a_scheme_is_told_by_its_config(scheme: Scheme) -> None:
+    assert scheme_of(quantization_config(scheme, []), scheme.dtype, "m") == scheme
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": 64}, "not known here"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "not known here"),
+        ({"quant_method": "gptq", "bits": 4}, "not complete"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "not complete"),
+        ({"quant_method": "bitsandbytes"}, "'bitsandbytes'"),
+    ],
+)
+def test_other_configs_are_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        scheme_of(config, "F16", "a model")
 
 
 def test_planning_loads_neither_torch_nor_numpy() -> None:
