@@ -19,10 +19,9 @@ import gguf
 
 from qbuild.arch.convert import ModelFacts, Piece, TensorSpec, Transform, expected_tensors, model_facts, tensor_specs
 from qbuild.arch.hyperparameters import parameters
-from qbuild.arch.metadata import load_config
+from qbuild.arch.metadata import _kv, load_config
 from qbuild.checkpoint import shapes
 from qbuild.ggml import FILE_TYPES
-from qbuild.gguffile import GGUFType, encode_kv
 
 HERE = Path(__file__).parent
 DEEP = {
@@ -34,6 +33,12 @@ DEEP = {
     "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "pad_token_id": 0, "eos_token_id": 1,
     "bos_token_id": 2,
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 8, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
+    "n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+    "scoring_func": "softmax",
+}  # fmt: skip
+LFM2 = {"norm_eps": 1e-5, "block_auto_adjust_ff_dim": False, "conv_L_cache": 3, "tie_word_embeddings": True}
 # Names that exist in some architecture or other; llama-quantize goes by name alone.
 NAMES = (
     "position_embd.weight", "token_types.weight", "blk.0.attn_rel_b.weight", "blk.0.time_mix_w1.weight",
@@ -76,6 +81,58 @@ MODELS: dict[str, dict[str, Any]] = {
     "stablelm": config("StableLmForCausalLM", "stablelm"),
     "gpt-neox": config("GPTNeoXForCausalLM", "gpt_neox", num_key_value_heads=None),
     "starcoder2": config("Starcoder2ForCausalLM", "starcoder2"),
+    "deepseek2": config("DeepseekV2ForCausalLM", "deepseek_v2", **LATENT, head_dim=None),
+    "deepseek3": config(
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        **LATENT | {"n_routed_experts": 8},
+        q_lora_rank=256,
+        head_dim=None,
+        n_group=2,
+        topk_group=1,
+    ),
+    "glm4-moe": config(
+        "Glm4MoeForCausalLM",
+        "glm4_moe",
+        n_routed_experts=6,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        num_nextn_predict_layers=1,
+        num_hidden_layers=23,
+    ),
+    "glm4": config("Glm4ForCausalLM", "glm4"),
+    "lfm2": config("Lfm2ForCausalLM", "lfm2", full_attn_idxs=[2, 5, 8, 11, 14, 20], **LFM2),
+    "lfm2-moe": config(
+        "Lfm2MoeForCausalLM",
+        "lfm2_moe",
+        **LFM2,
+        layer_types=["full_attention", "conv"] * 13,
+        num_experts=8,
+        num_experts_per_tok=2,
+        num_dense_layers=2,
+        use_expert_bias=True,
+    ),
+    "ernie4.5-moe": config(
+        "Ernie4_5_MoeForCausalLM",
+        "ernie4_5_moe",
+        moe_num_experts=6,
+        moe_k=2,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+        moe_layer_interval=1,
+    ),
+    "granite-moe": config("GraniteMoeForCausalLM", "granitemoe", num_local_experts=8, num_experts_per_tok=2),
+    "phimoe": config("PhiMoEForCausalLM", "phimoe", num_local_experts=16, num_experts_per_tok=2, attention_bias=True),
+    "command-r": config("CohereForCausalLM", "cohere", logit_scale=0.0625),
+    "mistral3": config("Ministral3ForCausalLM", "ministral3", num_key_value_heads=2),
+    "qwen2vl": config(
+        "Qwen2VLForConditionalGeneration",
+        "qwen2_vl_text",
+        num_key_value_heads=2,
+        num_hidden_layers=28,
+        rope_scaling={"type": "mrope", "mrope_section": [8, 12, 12]},
+    ),
 }
 
 
@@ -96,8 +153,7 @@ def pairs(name: str, folder: Path) -> list[Any]:
     writer = gguf.GGUFWriter(None, arch)
     for method, value in parameters(arch, load_config(folder), folder)[1].items():
         getattr(writer, f"add_{method}")(value)
-    items = {key: item for key, item in writer.kv_data[0].items() if int(item.type) != GGUFType.ARRAY}
-    return [encode_kv(key, item.value, GGUFType(int(item.type))) for key, item in items.items()]
+    return [_kv(key, item) for key, item in writer.kv_data[0].items()]
 
 
 def main(llama: Path, out: Path, names: list[str]) -> None:
@@ -116,7 +172,7 @@ def main(llama: Path, out: Path, names: list[str]) -> None:
             result[model] = {t: mixes.choices(llama, path, t, []) for t in FILE_TYPES}
             words = ["--imatrix", str(matrix)]
             result[f"{model} imatrix"] = {t: mixes.choices(llama, path, t, words) for t in FILE_TYPES}
-            print(model, result[model]["Q4_K_M"], flush=True)
+            print(model, sum(types is None for types in result[model].values()), "refused", flush=True)
     document = {
         "llama.cpp": "llama-cpp-python 0.3.36",
         "command": "llama-quantize --dry-run [--imatrix ONES] MODEL /dev/null TYPE",

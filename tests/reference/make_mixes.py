@@ -79,8 +79,11 @@ OPTIONS = {
 }
 
 
+KEPT = ("gate_inp.weight", "shortconv.conv.weight")  # matrices that the converter keeps in F32
+
+
 def write(path: Path, kvs, tensors) -> None:
-    typed = [(n, s, "F32" if len(s) == 1 or n.endswith("gate_inp.weight") else "F16") for n, s in tensors]
+    typed = [(n, s, "F32" if len(s) == 1 or n.endswith(KEPT) else "F16") for n, s in tensors]
     size = header_size(sum(len(kv.raw) for kv in kvs), typed) + layout(typed)[1]
     with path.open("wb") as file:
         file.write(header(kvs, typed))
