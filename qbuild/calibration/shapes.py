@@ -11,9 +11,9 @@ from qbuild.calibration.families import layer_names, text_config
 
 __all__ = ["BASE", "Linear", "Step", "forward_footprint", "gram_bytes", "linears", "shared_inputs", "state_bytes"]
 
-BASE = 420 << 20  # torch, transformers, and a model without weights
+BASE = 440 << 20  # torch, transformers, and a model without weights
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-ACTIVATIONS_HIDDEN, ACTIVATIONS_WIDE = 4, 4
+ACTIVATIONS_HIDDEN, ACTIVATIONS_WIDE = 2, 3  # tensors of a window alive at once, of these widths
 TOGETHER = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up",
     "w1": "w13", "w3": "w13",
@@ -97,6 +97,7 @@ def forward_footprint(
     grams = gram_bytes(found) if step.gram else 0
     states = window * hidden * 2 if step.spill else state_bytes(config, step) + window * hidden
     reading = step.stored * max(map(prod, shapes), default=0)
+    embedding = step.stored * max((prod(s) for name, s in tensors.items() if not name.startswith(prefix)), default=0)
     working = weights + max(activations, reading) + grams
     saving = grams + grams // 2
-    return BASE + states + max(working, saving)
+    return BASE + states + max(working, saving, embedding)

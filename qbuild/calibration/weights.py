@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from qbuild.errors import InputError
 
@@ -37,6 +43,17 @@ class _Origin:
 
     def names(self) -> tuple[str, ...]:
         return tuple(name for _, name in self.sources)
+
+    def by_pattern(self) -> list[list[str]]:
+        found: dict[str, list[str]] = {}
+        for pattern, name in self.sources:
+            found.setdefault(pattern, []).append(name)
+        return list(found.values())
+
+    def stacks(self) -> bool:
+        """Whether all that is done is stacking experts, their projections one after another."""
+        steps = [(type(o), o.dim) for o in self.converter.operations] if self.converter else []
+        return steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 class Weights:
@@ -87,9 +104,12 @@ class Weights:
     def _checked(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
         wanted = self._meta[parameter].shape
         if tensor.shape != wanted:
-            fact = f"{parameter} has the shape {list(tensor.shape)}, config.json asks for {list(wanted)}"
-            raise InputError(type(self.model).__name__, fact, "check that the weights belong to this config.json")
+            raise self._unfit(parameter, list(tensor.shape), list(wanted))
         return tensor
+
+    def _unfit(self, name: str, shape: list[int], wanted: list[int]) -> InputError:
+        fact = f"{name} has the shape {shape}, config.json asks for {wanted}"
+        return InputError(type(self.model).__name__, fact, "check that the weights belong to this config.json")
 
     @contextmanager
     def placed(self, parameters: Iterable[str], device: torch.device) -> Iterator[None]:
@@ -105,8 +125,27 @@ class Weights:
 
     def place(self, parameter: str, device: torch.device) -> None:
         """Make one parameter real."""
-        tensor = self.load([parameter])[parameter]
-        _assign(self.model, parameter, tensor.to(device, self._meta[parameter].dtype))
+        meta, origin = self._meta[parameter], self._origins.get(parameter)
+        if origin is not None and origin.stacks() and not self._tied.get(parameter):
+            tensor = self._stacked(parameter, origin, torch.empty(meta.shape, dtype=meta.dtype, device=device))
+        else:
+            tensor = self.load([parameter])[parameter].to(device, meta.dtype)
+        _assign(self.model, parameter, tensor)
+
+    def _stacked(self, parameter: str, origin: _Origin, made: torch.Tensor) -> torch.Tensor:
+        """Experts read one by one to their place in the stack: made by its operations it would be in memory thrice."""
+        groups = origin.by_pattern()
+        experts, rows, *rest = made.shape
+        shape = torch.Size([rows // len(groups), *rest])
+        for number, names in enumerate(groups):
+            if len(names) != experts:
+                raise self._unfit(parameter, [len(names), *shape], [experts, *shape])
+            for expert, name in enumerate(names):
+                tensor = self._read(name)
+                if tensor.shape != shape:
+                    raise self._unfit(name, list(tensor.shape), list(shape))
+                made[expert, number * len(tensor) :][: len(tensor)] = tensor
+        return made
 
     def remove(self, parameters: Iterable[str]) -> None:
         """Give parameters' memory back."""

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from qbuild.calibration.forward import Streamed
 from qbuild.calibration.run import Pass, calibrate
 from qbuild.calibration.statistics import Statistics
+from qbuild.errors import InputError
 
 LENGTH = 24
 SMALL: dict[str, Any] = {
@@ -154,3 +155,18 @@ def test_starved_experts_are_told(tmp_path: Path) -> None:
     assert first.notices() == (
         "layer 0: 22 of 22 linears saw fewer than 128 tokens, 12 of them none; more samples reach more experts",
     )
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing expert"])
+def test_damaged_experts_are_named(damage: str, tmp_path: Path) -> None:
+    checkpoint("qwen3_moe", tmp_path)
+    config, tensors = opened(tmp_path)
+    name = "model.layers.0.mlp.experts.5.up_proj.weight"
+    if damage == "shape":
+        tensors[name] = tensors[name][:3]
+        wanted = rf"{name} has the shape \[3, 32\], config.json asks for \[16, 32\]"
+    else:
+        del tensors[name]
+        wanted = r"gate_up_proj has the shape \[5, 16, 32\], config.json asks for \[6, 16, 32\]"
+    with pytest.raises(InputError, match=wanted), Streamed(config, tensors, tensors.__getitem__).layer(0):
+        pass
