@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qbuild.arch.convert import expected_tensors
+from qbuild.arch.shapes import expected_tensors
 
 SHARD = 5 << 30
 POOL = 1 << 25

@@ -14,6 +14,7 @@ from qbuild import kernels, schema
 from qbuild.actions import file, metadata, tensor
 from qbuild.arch import convert, mix
 from qbuild.arch.convert import ModelFacts, TensorSpec
+from qbuild.arch.shapes import expected_tensors
 from qbuild.checkpoint import Checkpoint, shapes
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, InputError
@@ -58,7 +59,7 @@ def open_model(model: schema.Model, *, fetch: bool, offline: bool) -> Checkpoint
     if not model.source and not model.config:
         raise ConfigError("model.source", "no model is named", "model.source=DIRECTORY, a Hub id, or FILE.gguf")
     if model.config and not fetch and not (model.source and _on_disk(model.source)):
-        return shapes(model.config, convert.expected_tensors(model.config), source=model.source or "model.config")
+        return shapes(model.config, expected_tensors(model.config), source=model.source or "model.config")
     if not model.source:
         raise ConfigError("model.source", "a configuration has shapes but no weights to build from", "model.source=…")
     return open_source(model.source, revision=model.revision, fetch=fetch, offline=offline)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qbuild.arch.families import FAMILIES, Family, Row
+from qbuild.arch.families import Family, Row
+from qbuild.arch.shapes import Shapes, every, family, rotated, settings
 from qbuild.checkpoint import Checkpoint, SourceTensor
 from qbuild.errors import ConfigError, InputError
 from qbuild.gguffile import decode_kv
@@ -88,165 +88,6 @@ class ModelFacts:
     parameters: int
 
 
-def family(config: Mapping[str, Any], place: str) -> Family:
-    """The row for a configuration's architecture. Unknown: InputError that names the nearest."""
-    names = config.get("architectures") or []
-    for name in names:
-        if name in FAMILIES:
-            found = FAMILIES[name]
-            return (
-                found if found.without_experts is None or config.get("num_experts_per_tok") else found.without_experts
-            )
-    wanted = names[0] if names else str(config.get("model_type", "nothing named"))
-    near = difflib.get_close_matches(wanted, FAMILIES, 1, 0.3)
-    remedy = (f"nearest: {near[0]}; " if near else "") + "known: " + ", ".join(FAMILIES)
-    raise InputError(place, f"architecture {wanted} is not supported", remedy)
-
-
-def settings(config: Mapping[str, Any], rules: Family) -> dict[str, Any]:
-    """A config.json with its text part at the root and the defaults it leaves out; null counts as left out."""
-    merged = {**config, **config.get("text_config", {})}
-    return {**rules.defaults, **{k: v for k, v in merged.items() if v is not None}}
-
-
-def find(config: Mapping[str, Any], *names: str) -> Any:
-    """The value of the first key that is there."""
-    return next((config[name] for name in names if name in config), None)
-
-
-def rotated(config: Mapping[str, Any], part: float) -> int:
-    """Rotated values of a head, as the converter cuts them: the product with the width is rounded down first."""
-    return int(part * config["hidden_size"]) // int(config["num_attention_heads"])
-
-
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
-SHARED_COUNT = ("n_shared_experts", "moe_num_shared_experts")
-
-
-def layer_kinds(config: Mapping[str, Any]) -> list[str]:
-    """What mixes each layer's positions: ``conv`` or ``attention``."""
-    count = config["num_hidden_layers"]
-    full, types = config.get("full_attn_idxs"), config.get("layer_types") or ()
-    if full is not None:
-        return ["attention" if i in full else "conv" for i in range(count)]
-    return ["conv" if kind == "conv" else "attention" for kind in (*types, *[""] * (count - len(types)))]
-
-
-def feed_forward(config: Mapping[str, Any]) -> int:
-    """The width of the feed-forward. LFM2 gives one that it takes two thirds of, times a factor, rounded up."""
-    width: int | None = find(config, "block_ff_dim", "intermediate_size")
-    if width is None:
-        raise KeyError("intermediate_size")
-    if not config.get("block_auto_adjust_ff_dim"):
-        return width
-    factor, multiple = config.get("block_ffn_dim_multiplier"), config["block_multiple_of"]
-    width = int(2 * width / 3)
-    width = width if factor is None else int(factor * width)
-    return int(-(-width // multiple) * multiple)
-
-
-def _latent_sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    """The letters of multi-head latent attention."""
-    n, rank, values = config["num_attention_heads"], config["kv_lora_rank"], config["v_head_dim"]
-    plain, rotated_part = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
-    return {
-        "r": rank, "t": rank + rotated_part, "u": config.get("q_lora_rank", 0), "i": n * (plain + rotated_part),
-        "o": plain, "w": values, "x": n * (plain + values), "y": n * values,
-    }  # fmt: skip
-
-
-class _Shapes:
-    """Letters of the families' rows as numbers, and which rows a layer has."""
-
-    def __init__(self, config: Mapping[str, Any], rules: Family, place: str) -> None:
-        self.config, self.rules, self.fused = config, rules, False
-        for name in rules.refused:
-            key, wanted = name.removeprefix("!"), name.startswith("!")
-            if bool(config.get(key)) != wanted:
-                remedy = "llama.cpp does not convert such models either"
-                raise InputError(place, f"config.json sets {key}: {config.get(key)}", remedy)
-        for kind in config.get("layer_types", ()) if rules.kinds else ():
-            if kind not in rules.kinds:
-                remedy = "convert it with llama.cpp, then model.source=FILE.gguf"
-                raise InputError(place, f"layers of {kind} are not supported", remedy)
-        try:
-            self.last: int = config["num_hidden_layers"]
-            self.size = self._sizes(config)
-            dense = find(config, "first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
-            self.dense: int = (0 if self.size["e"] else self.last) if dense is None else dense
-            self.layers = self.last + (config.get("num_nextn_predict_layers", 0) if rules.next_layers else 0)
-            self.kinds = layer_kinds(config)
-        except KeyError as error:
-            raise InputError(place, f"config.json has no {error.args[0]}", "fetch config.json again") from None
-
-    @staticmethod
-    def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
-        n, hidden, ff = config["num_attention_heads"], config["hidden_size"], feed_forward(config)
-        g, d = config.get("num_key_value_heads", n), config.get("head_dim", hidden // n)
-        size = {"h": hidden, "f": ff, "v": config["vocab_size"], "n": n, "g": g, "d": d, "q": n * d, "k": g * d, "1": 1}
-        size["e"] = find(config, *EXPERTS) or 0
-        m = config.get("moe_intermediate_size", ff)
-        size |= {"m": m, "s": find(config, *SHARED) or m * (find(config, *SHARED_COUNT) or 0) or ff}
-        if "kv_lora_rank" in config:
-            size |= _latent_sizes(config)
-        size |= {"l": config.get("conv_L_cache", 0), "c": 3 * hidden, "H": 2 * hidden}
-        return size | {"b": size["q"] + 2 * size["k"], "F": 2 * ff}
-
-    def of(self, row: Row) -> tuple[int, ...]:
-        """The shape of a row's tensor in the GGUF file."""
-        return tuple(self.size[letter] for letter in row.shape)
-
-    def source(self, row: Row) -> tuple[int, ...]:
-        """The shape of the tensor (of each, where several are stacked) in the checkpoint."""
-        if row.source:
-            return tuple(self.size[letter] for letter in row.source)
-        shape = list(self.of(row))
-        if len(shape) > 1:
-            shape[-2] *= row.part[1]
-        return tuple(shape[1:] if "*" in row.hf else shape)
-
-    def expects(self, row: Row, layer: int) -> bool:
-        """Whether a checkpoint of this configuration must have the row; ``layer`` as for ``names``."""
-        if "*" in row.hf and self.fused:
-            return False
-        return all(self._holds(word, layer) for word in row.when.split())
-
-    def _holds(self, word: str, layer: int) -> bool:
-        if word in ("dense", "sparse"):
-            return (layer < self.dense) == (word == "dense")
-        if word in ("attention", "conv"):
-            return self.kinds[layer] == word
-        if word == "next":
-            return layer >= self.last
-        if word in ("fused", "?"):
-            return word == "fused" and self.fused
-        return not self.config.get(word[1:]) if word.startswith("!") else bool(self.config.get(word))
-
-    def count(self, row: Row) -> int:
-        return self.size["e"] if "*" in row.hf else 1
-
-    def names(self, row: Row, layer: int) -> Iterator[str]:
-        """The checkpoint's names of a row; ``layer`` is -1 outside the layers."""
-        prefix = "" if layer < 0 else f"{self.rules.prefix}{layer}."
-        return (prefix + row.hf.replace("*", str(i)) for i in range(self.count(row)))
-
-
-def expected_tensors(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
-    """HF names and shapes that a configuration implies, in the order of a checkpoint's files."""
-    rules = family(config, "model.config")
-    return _expected(_Shapes(settings(config, rules), rules, "model.config"))
-
-
-def _expected(shapes: _Shapes) -> list[tuple[str, tuple[int, ...]]]:
-    found: dict[str, tuple[int, ...]] = {}
-    for layer, rows in ((-1, shapes.rules.outer), *((i, shapes.rules.layer) for i in range(shapes.layers))):
-        for row in rows:
-            if shapes.expects(row, layer):
-                found |= dict.fromkeys(shapes.names(row, layer), shapes.source(row))
-    return sorted(found.items())
-
-
 NUMBER = re.compile(r"\.(0|[1-9]\d*)\.")  # of an expert
 
 # What llama.cpp's converter leaves out of every text model: buffers, and the parts that see and hear.
@@ -295,7 +136,7 @@ class _Converter:
         self.checkpoint, self.place = checkpoint, checkpoint.source
         self.rules = family(checkpoint.config, self.place)
         self.config = settings(checkpoint.config, self.rules)
-        self.shapes = _Shapes(self.config, self.rules, self.place)
+        self.shapes = Shapes(self.config, self.rules, self.place)
         self.tensors = {
             name: tensor for tensor in checkpoint.tensors.values() if (name := _text_name(tensor.name, self.rules))
         }
@@ -479,8 +320,8 @@ def _llama3_factors(config: Mapping[str, Any], rope: Mapping[str, Any]) -> np.nd
     return np.array(factors, np.float32)
 
 
-def _check_complete(tensors: Mapping[str, SourceTensor], shapes: _Shapes, place: str) -> None:
-    for name, shape in _expected(shapes):
+def _check_complete(tensors: Mapping[str, SourceTensor], shapes: Shapes, place: str) -> None:
+    for name, shape in every(shapes):
         found = tensors.get(name)
         if found is None:
             raise InputError(place, f"tensor {name} is missing", "the checkpoint is incomplete: fetch it again")
@@ -498,7 +339,7 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         arch, n_layer, n_head, n_kv, n_expert = _gguf_facts(checkpoint)
     else:
         rules = family(checkpoint.config, checkpoint.source)
-        shapes = _Shapes(settings(checkpoint.config, rules), rules, checkpoint.source)
+        shapes = Shapes(settings(checkpoint.config, rules), rules, checkpoint.source)
         arch, n_layer, n_expert = rules.arch, shapes.layers, shapes.size["e"]
         n_head, n_kv = shapes.size["n"], 1 if rules.one_kv_head else shapes.size["g"]
         if shapes.kinds[0] != "attention":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qbuild.arch.convert import feed_forward, find, layer_kinds, rotated
+from qbuild.arch.shapes import feed_forward, find, layer_kinds, rotated
 from qbuild.errors import InputError
 
 __all__ = ["parameters"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qbuild.arch import convert, hyperparameters, vocab
+from qbuild.arch.shapes import family
 from qbuild.checkpoint import Checkpoint
 from qbuild.errors import InputError
 from qbuild.gguffile import KV, GGUFType, encode_kv
@@ -33,7 +34,7 @@ def metadata(checkpoint: Checkpoint, name: str | None) -> list[KV]:
     folder = checkpoint.root
     if folder is None:
         raise ValueError("BUG: metadata of a checkpoint that is not on disk")
-    rules = convert.family(checkpoint.config, checkpoint.source)
+    rules = family(checkpoint.config, checkpoint.source)
     arch, config = rules.arch, load_config(folder, bare=rules.bare)
     writer = gguf.GGUFWriter(None, arch)
     try:

@@ -19,7 +19,8 @@ from typing import Any
 import blake3
 import numpy as np
 
-from qbuild.arch.convert import expected_tensors, tensor_specs
+from qbuild.arch.convert import tensor_specs
+from qbuild.arch.shapes import expected_tensors
 from qbuild.checkpoint import open_path
 from qbuild.gguffile import GGUFType, encode_kv, header
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import gguf
 
-from qbuild.arch.convert import ModelFacts, Piece, TensorSpec, Transform, expected_tensors, model_facts, tensor_specs
+from qbuild.arch.convert import ModelFacts, Piece, TensorSpec, Transform, model_facts, tensor_specs
 from qbuild.arch.hyperparameters import parameters
 from qbuild.arch.metadata import _kv, load_config
+from qbuild.arch.shapes import expected_tensors
 from qbuild.checkpoint import shapes
 from qbuild.ggml import FILE_TYPES
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from arch.arch_kit import maker
 
-from qbuild.arch.convert import Transform, expected_tensors, model_facts, tensor_specs
+from qbuild.arch.convert import Transform, model_facts, tensor_specs
 from qbuild.arch.families import FAMILIES
+from qbuild.arch.shapes import expected_tensors
 from qbuild.checkpoint import Checkpoint, SourceTensor, open_path, shapes
 from qbuild.errors import InputError
 from qbuild.gguffile import GGUFType, encode_kv, header, layout

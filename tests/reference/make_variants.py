@@ -17,7 +17,7 @@ from pathlib import Path
 import blake3
 import numpy as np
 
-from qbuild.arch.convert import expected_tensors
+from qbuild.arch.shapes import expected_tensors
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 TYPES = ("Q4_K_M", "Q5_0", "F16")
