@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from qbuild.errors import InputError
+from qbuild.evaluation.footprint import EXACT_ROWS
 
 __all__ = ["Comparison", "Result"]
-
-ROWS = 16  # positions whose logits are in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class Comparison:
 
         Raises InputError where a logit is NaN or infinite.
         """
-        for at in range(0, len(model), ROWS):
-            p = source[at : at + ROWS].double().log_softmax(-1)
-            q = model[at : at + ROWS].double().log_softmax(-1)
+        for at in range(0, len(model), EXACT_ROWS):
+            p = source[at : at + EXACT_ROWS].double().log_softmax(-1)
+            q = model[at : at + EXACT_ROWS].double().log_softmax(-1)
             self._add(p, q, window, start + at)
 
     def _add(self, p: torch.Tensor, q: torch.Tensor, window: torch.Tensor, start: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from qbuild import kernels
 from qbuild.arch.convert import TensorSpec, Transform
 from qbuild.calibration.weights import Read
-from qbuild.checkpoint import Checkpoint, Reader, SourceTensor
+from qbuild.checkpoint import Checkpoint, Reader
 from qbuild.errors import InputError
 from qbuild.ggml import QTYPES
 from qbuild.quant.packing import unpack
@@ -26,6 +26,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+CHUNK = 1 << 20  # weights that are dequantized at a time
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,10 @@ class _Part:
     rows: int
     start: int
 
+    @property
+    def cols(self) -> int:
+        return self.spec.shape[-1]
+
 
 def gguf(
     file: Checkpoint, reader: Reader, specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]], source: Read
@@ -111,16 +116,15 @@ def gguf(
     parts = _parts(specs, shapes)
 
     def read(name: str) -> torch.Tensor:
-        found = parts.get(name, [])
-        shape = shapes[name]
-        if sum(part.rows * part.spec.shape[-1] for part in found) < prod(shape):
+        found, shape = parts.get(name, []), shapes[name]
+        if len(found) == 1 and found[0].rows * found[0].cols == prod(shape):
+            return torch.from_numpy(_values(file, reader, found[0])).view(shape)
+        if sum(part.rows * part.cols for part in found) < prod(shape):
             whole = source(name).float().numpy().reshape(-1).copy()
         else:
             whole = np.empty(prod(shape), np.float32)
         for part in found:
-            cols = part.spec.shape[-1]
-            values = undo(part.spec.transform, _rows(file.tensors[part.spec.name], reader, part.at, part.rows, cols))
-            whole.reshape(-1, cols)[part.start : part.start + part.rows] = values
+            whole.reshape(-1, part.cols)[part.start : part.start + part.rows] = _values(file, reader, part)
         return torch.from_numpy(whole).view(shape)
 
     return Tensors(tuple(shapes), read)
@@ -138,12 +142,17 @@ def _parts(specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -
     return found
 
 
-def _rows(tensor: SourceTensor, reader: Reader, at: int, rows: int, cols: int) -> np.ndarray:
-    """float32 [rows, cols]: some rows of a tensor of a GGUF file."""
-    size = QTYPES[tensor.dtype].row_bytes(cols)
-    data = np.empty((rows, size), np.uint8)
-    reader.read_into(tensor.file, tensor.offset + at * size, data.data)
-    return kernels.dequantize(data, tensor.dtype)
+def _values(file: Checkpoint, reader: Reader, part: _Part) -> np.ndarray:
+    """float32 [rows, cols]: the rows of a part in the source's order."""
+    tensor = file.tensors[part.spec.name]
+    size = QTYPES[tensor.dtype].row_bytes(part.cols)
+    values = np.empty((part.rows, part.cols), np.float32)
+    some = max(1, CHUNK // part.cols)
+    for at in range(0, part.rows, some):
+        data = np.empty((min(some, part.rows - at), size), np.uint8)
+        reader.read_into(tensor.file, tensor.offset + (part.at + at) * size, data.data)
+        values[at : at + some] = kernels.dequantize(data, tensor.dtype)
+    return undo(part.spec.transform, values)
 
 
 def undo(transform: Transform, chunk: np.ndarray) -> np.ndarray:

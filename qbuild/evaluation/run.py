@@ -11,12 +11,11 @@ import torch
 
 from qbuild.calibration.forward import Streamed
 from qbuild.errors import InputError
+from qbuild.evaluation.footprint import ROWS
 from qbuild.evaluation.measure import Comparison, Result
 from qbuild.evaluation.readers import Tensors
 
 __all__ = ["Task", "evaluate", "states", "weight_errors"]
-
-ROWS = 64  # positions whose logits of both models are in memory at a time
 
 
 @dataclass(frozen=True)

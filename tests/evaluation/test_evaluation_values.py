@@ -32,6 +32,9 @@ TINY = ROOT / "tests" / "data" / "tiny-llama"
 CONFIG = json.loads((TINY / "config.json").read_text())
 FAMILIES = maker("make_families")
 
+# A family for every way in which tensors change on their way into a file; the slow tests have them all.
+KINDS = ("llama-mlp-bias", "gemma3", "gpt-neox", "phi3", "qwen3moe-fused", "mixtral", "deepseek2-lite")
+
 # Of tiny-llama's files, dequantized to F32 files: llama.cpp itself rounds what it multiplies with quantized weights.
 # llama-perplexity -m FILE.gguf -f LICENSE -c 128 --chunks 8 -ctk f32 -ctv f32 -fa off, of llama-cpp-python 0.3.36
 LLAMA_PERPLEXITY = {"F32": 44.6888, "Q8_0": 44.5202, "Q4_K_M": 48.6644}
@@ -140,7 +143,9 @@ def test_perplexity_of_a_gguf_is_llama_cpps(
     assert result.perplexity_llama == pytest.approx(LLAMA_PERPLEXITY[file_type], rel=1e-5)
 
 
-@pytest.mark.parametrize("variant", FAMILIES.VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[] if v in KINDS else [pytest.mark.slow]) for v in FAMILIES.VARIANTS]
+)
 def test_a_familys_weights_are_found_again(variant: str, tmp_path: Path) -> None:
     """Permuted heads, stacked experts, cut and fused projections, norms of which one is taken."""
     folder = FAMILIES.write(variant, tmp_path)

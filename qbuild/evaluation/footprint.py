@@ -1,0 +1,68 @@
+"""What an evaluation will take, told by the shapes of the source's tensors alone; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from qbuild.calibration.families import layer_count, layer_prefix
+from qbuild.calibration.shapes import BASE, ITEM, Step, forward_footprint, state_bytes
+
+__all__ = ["EXACT_ROWS", "ROWS", "Text", "evaluation", "states", "states_bytes"]
+
+KERNELS = 48 << 20  # numba, and what dequantizing takes
+ROWS = 64  # positions whose logits of both models are in memory at a time
+EXACT_ROWS = 16  # of them those that are widened to float64
+EXACT_COPIES = 6
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of tokens, and the dtype in which they are computed."""
+
+    windows: int
+    length: int
+    dtype: str = "float32"
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def states_bytes(config: Mapping[str, Any], text: Text) -> int:
+    """What ``run.states`` gives of a model."""
+    return state_bytes(config, Step(text.windows, text.length, text.dtype))
+
+
+def states(config: Mapping[str, Any], tensors: Shapes, text: Text) -> int:
+    """Peak RAM of a worker on a CPU that runs ``run.states``, in bytes."""
+    return _layers(config, tensors, text)
+
+
+def evaluation(config: Mapping[str, Any], tensors: Shapes, text: Text, *, dequantized: bool) -> int:
+    """Peak RAM of a worker on a CPU that runs ``run.evaluate``, in bytes: both models' states, and then both heads.
+
+    ``dequantized``: the model's head is read from quantized blocks, so as float32; else as it is stored.
+    """
+    kept = states_bytes(config, text)
+    table, vocabulary = _table(config, tensors)
+    logits = vocabulary * (2 * ROWS * ITEM[text.dtype] + EXACT_COPIES * EXACT_ROWS * 8)
+    heads = BASE + kept + 2 * table * ITEM[text.dtype] + (4 if dequantized else 2) * table + logits
+    return (KERNELS if dequantized else 0) + kept + max(_layers(config, tensors, text), heads)
+
+
+def _layers(config: Mapping[str, Any], tensors: Shapes, text: Text) -> int:
+    """The way through the layers, and before it the embedding, whose table is read as float32 at most."""
+    step = Step(text.windows, text.length, text.dtype, gram=False, stored=4)
+    prefix = layer_prefix(config, tensors)
+    layers = (forward_footprint(config, tensors, prefix, layer, step) for layer in range(layer_count(config)))
+    return max(*layers, BASE + states_bytes(config, text) + 4 * _table(config, tensors)[0])
+
+
+def _table(config: Mapping[str, Any], tensors: Shapes) -> tuple[int, int]:
+    """Weights and rows of the largest tensor outside of the layers: the embedding, or the head."""
+    prefix = layer_prefix(config, tensors)
+    outside = [shape for name, shape in tensors.items() if not name.startswith(prefix)]
+    largest = max(outside, key=prod)
+    return prod(largest), largest[0]
