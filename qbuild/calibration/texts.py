@@ -1,0 +1,134 @@
+"""Calibration texts: what is written in files, in a data set of the Hub, or in the texts that come with qbuild.
+
+A document is a text, or a conversation: a list of messages with ``role`` and ``content``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from qbuild.errors import InputError
+
+__all__ = ["Document", "documents"]
+
+Document = str | list[dict[str, str]]
+
+CORPUS = "corpus"
+BREAK = "\n\n----\n\n"  # between the documents of a built-in file
+LINES = (".jsonl", ".json")
+SUFFIXES = (".txt", *LINES)
+MAX_BYTES = 1 << 30  # all of it is held in memory
+ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(.+))?")
+KINDS = "calibration.source=FILE.txt, FILE.jsonl, a directory of them, or ORG/NAME/FILE.jsonl on the Hub"
+
+
+def documents(source: str | None) -> list[Document]:
+    """The documents of a source; None: the built-in ones.
+
+    A ``.txt`` file is one document. A ``.jsonl`` or ``.json`` file has an object in every line, with ``text`` (a
+    string) or ``messages``. A directory is its files, by name. ``org/name/file`` that is no path here is fetched from
+    the data set ``org/name`` on the Hub. Raises InputError.
+    """
+    if source is None:
+        return list(_built_in())
+    path = Path(source).expanduser()
+    if not path.exists() and path.suffix not in SUFFIXES[:1] and (match := ON_HUB.fullmatch(source)):
+        path = _fetched(match[1], match[2], source)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        if not files:
+            raise InputError(source, f"has no {', '.join(SUFFIXES)} files in it", KINDS)
+    else:
+        files = [path]
+    found = [document for file in files for document in _file(file, source) if document]
+    if not found:
+        raise InputError(source, "has no text in it", KINDS)
+    return found
+
+
+def _built_in() -> Iterator[str]:
+    folder = resources.files(__package__).joinpath(CORPUS)
+    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if file.name.endswith(".txt"):
+            yield from file.read_text(encoding="utf-8").strip("\n").split(BREAK)
+
+
+def _file(path: Path, source: str) -> Iterator[Document]:
+    if path.suffix not in SUFFIXES:
+        raise InputError(source, f"{path.name} is no text that can be read here", KINDS)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(source, f"{path.name} is larger than 1 GiB", "a part of it is enough: head -n 10000")
+        text = path.read_bytes().decode("utf-8-sig")  # as it is: no translation of line ends
+    except FileNotFoundError:
+        raise InputError(source, "there is no such file or directory", KINDS) from None
+    except OSError as error:
+        raise InputError(source, f"{path.name} cannot be read: {error.strerror}", "check the file") from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}", "is not UTF-8", "save the text as UTF-8") from None
+    if path.suffix not in LINES:
+        return iter([text])
+    return (_document(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _document(line: str, place: str) -> Document:
+    """One line of a JSONL file."""
+    remedy = '{"text": "…"} or {"messages": [{"role": "user", "content": "…"}, …]} in every line'
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise InputError(place, f"is not JSON: {error}", remedy) from None
+    if isinstance(found, dict):
+        if isinstance(found.get("text"), str):
+            return str(found["text"])
+        if _is_conversation(found.get("messages")):
+            return [{"role": said["role"], "content": said["content"]} for said in found["messages"]]
+    keys = f"; it has {', '.join(map(str, list(found)[:8]))}" if isinstance(found, dict) else ""
+    raise InputError(place, f"has neither text nor messages{keys}", remedy)
+
+
+def _is_conversation(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(said, dict) and isinstance(said.get("role"), str) and isinstance(said.get("content"), str)
+            for said in messages
+        )
+    )
+
+
+def _fetched(repo: str, name: str | None, source: str) -> Path:
+    """One file of a data set, in the Hub's own cache."""
+    from huggingface_hub import HfApi, errors, get_session, hf_hub_download
+
+    transport = importlib.import_module(type(get_session()).__module__.partition(".")[0]).HTTPError
+    try:
+        if name is None:
+            there = [f.rfilename for f in HfApi().dataset_info(repo).siblings or [] if f.rfilename.endswith(SUFFIXES)]
+            raise InputError(source, _choice(there), f"name a file of it: {repo}/{there[0] if there else 'FILE.jsonl'}")
+        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except errors.GatedRepoError:
+        remedy = f"accept its terms at https://huggingface.co/datasets/{repo}, then set HF_TOKEN to a token of yours"
+        raise InputError(source, "is gated: your account has no access, or no token was sent", remedy) from None
+    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise InputError(source, "is not here, and the Hub cannot be asked", KINDS) from None
+        fact = "there is no such file or directory, nor such a data set on the Hub"
+        raise InputError(source, fact, KINDS) from None
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError, transport) as error:
+        raise InputError(source, f"is not here, and the Hub cannot be reached: {error}", KINDS) from None
+
+
+def _choice(there: list[str]) -> str:
+    if not there:
+        return f"is a data set without {', '.join(SUFFIXES)} files"
+    more = f" and {len(there) - 6} more" if len(there) > 6 else ""
+    return f"is a data set with the files {', '.join(there[:6])}{more}"
