@@ -17,7 +17,7 @@ LAYERS = [
     "errors digest ggml",
     "gguffile graph manifest budget",
     "fsutil links upkeep index store cache machine checkpoint imatrix source",
-    "kernels. arch. quant. calibration. evaluation. fit",
+    "kernels. arch. quant. calibration. evaluation. fit backends.",
     "actions.",
     "schema recipe lower plan inspection",
     "progress render report. worker execute",

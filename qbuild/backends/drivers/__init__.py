@@ -1,0 +1,1 @@
+"""Scripts that a backend's own Python runs; nothing here imports qbuild, and qbuild imports nothing here."""
