@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import qbuild
-from qbuild import machine, plan, schema, worker
-from qbuild.actions import file, hashing, metadata, stream, warm
+from qbuild import plan, schema, staged, worker
+from qbuild.actions import directory, file, metadata, stream, warm
 from qbuild.cache import ActionCache, ActionResult
+from qbuild.calibrated import CalibratedTarget
 from qbuild.digest import Digest, digest_bytes
-from qbuild.errors import ConfigError
+from qbuild.errors import ConfigError, StoreError
 from qbuild.graph import Source
-from qbuild.lower import PARENT_RAM, Wanted, header, kernels_of, layout, pass_task, predict_ram
+from qbuild.lower import Wanted, header, kernels_of, layout, pass_task, predict_ram
 from qbuild.manifest import action_key
 from qbuild.plan import Judge, Plan
-from qbuild.progress import Sink, Status
+from qbuild.progress import Sink
 from qbuild.recipe import FileTarget
+from qbuild.running import Jobs
+from qbuild.staged import Stage
 
 __all__ = ["build"]
 
@@ -40,7 +43,12 @@ def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
             waited |= stack.enter_context(_locked(made, name, sink))
         if waited:  # the other build may have made what we wanted
             made = _sound_plan(config, sink)
-        run = _Build(made, sink)
+        jobs, stage = Jobs(made, sink), None
+        if made.steps:
+            stage = Stage(made, jobs)
+            stage.run()
+            made = jobs.plan = plan.make(config, fetch=True, spared=staged.KINDS)
+        run = _Build(made, sink, jobs, stage)
         run.all()
         return run.report(time.monotonic() - began)
 
@@ -49,7 +57,7 @@ def _sound_plan(config: schema.Config, sink: Sink) -> Plan:
     """A plan whose stored files are right: one that is damaged is dropped, and planned to be made again."""
     made = plan.make(config, fetch=True)
     hits = [t for t in made.targets if t.verdict.state == "hit"]
-    damaged = [t.name for t in hits if not made.store.check_blob(t.verdict.outputs[0])]
+    damaged = [t.name for t in hits if not all(map(made.store.check_blob, t.verdict.outputs))]
     if damaged:
         sink.message("warning", f"the stored file of {', '.join(damaged)} is damaged: it is dropped and made again")
         made = plan.make(config, fetch=True)
@@ -62,7 +70,7 @@ def _lock_names(made: Plan) -> list[str]:
     names = []
     for target in made.targets:
         if target.verdict.state != "hit":
-            params = made.resolved.graph.actions[f"file:{target.name}"].params
+            params = made.resolved.graph.actions[made.resolved.graph.targets[target.name]].params
             names.append(digest_bytes(repr((identities, params)).encode()).hash)
     return names
 
@@ -81,23 +89,26 @@ def _locked(made: Plan, name: str, sink: Sink) -> Iterator[bool]:
 
 
 class _Build:
-    """One run of a plan. Each step leaves its result in the store before the next begins."""
+    """One run of a plan, after its calibrated ``stage``. Each step leaves its result in the store before the next."""
 
-    def __init__(self, made: Plan, sink: Sink) -> None:
-        self.plan, self.sink = made, sink
+    def __init__(self, made: Plan, sink: Sink, jobs: Jobs, stage: Stage | None) -> None:
+        self.plan, self.sink, self.jobs, self.stage = made, sink, jobs, stage
         self.store, self.resolved = made.store, made.resolved
         self.cache = ActionCache(made.store)
         self.judge = Judge(made.resolved, made.store, rebuild=False)
         self.results: dict[str, dict[str, Any]] = {}
         self.totals: dict[str, Any] = {"computed": 0, "reused": 0, "read_bytes": 0, "written_bytes": 0, "seconds": {}}
-        self.jobs: dict[str, dict[str, Any]] = {}
+        self.totals["actions"] = stage.counts if stage else {}
+        if stage:
+            self.totals["read_bytes"] += stage.read_bytes
+            self.totals["written_bytes"] += stage.written_bytes
 
     def all(self) -> None:
         self.judge.verdicts = dict(self.plan.verdicts)
         for target in self.plan.targets:
             if target.verdict.state == "hit":
                 self._serve(target)
-        todo = [t for t in self.resolved.targets if t.name not in self.results]
+        todo = [t for t in self.resolved.files if t.name not in self.results]
         if todo:
             self._metadata()
             todo = self._hash(todo)
@@ -108,22 +119,33 @@ class _Build:
     def _serve(self, target: plan.TargetPlan) -> None:
         """Put a stored file in its place."""
         digest = target.verdict.outputs[0]
-        self._link(target.path, digest, target.name)
-        self.results[target.name] = self._result(target.name, digest, {"hit": sum(target.verdicts.values())}, 0.0)
+        made = next(t for t in self.resolved.targets if t.name == target.name)
+        if isinstance(made, CalibratedTarget) and made.directory is not None:
+            self._place(target.path, digest, target.name)
+        else:
+            self._link(target.path, digest, target.name)
+        counts, seconds = {"hit": sum(target.verdicts.values())}, 0.0
+        if self.stage and made.action in self.stage.computed:
+            ran = sum(action in self.stage.computed for action in made.tensors)
+            counts, seconds = {"run": ran, "hit": counts["hit"] - ran}, sum(self.stage.seconds.values())
+        self.results[target.name] = self._result(target.name, digest, counts, seconds)
 
     def _link(self, path: Path, digest: Digest, name: str) -> None:
         self.store.link_out(digest, path, self.resolved.config.store.link, target=name)
 
-    def _job(self, kind: str, label: str, task: Any, predicted: int) -> worker.Done:
-        limit = max(0, self.plan.budget.ram - PARENT_RAM)
-        done = worker.run(worker.Job(kind, label, task, self.store.root, predicted, limit), self._event)
-        self.jobs[label] = {"predicted_ram": predicted, "peak_ram": done.peak, "seconds": round(done.seconds, 3)}
-        return done
-
-    @property
-    def peak(self) -> int:
-        """Peak of the whole build: its largest worker, and this process beside it."""
-        return max((job["peak_ram"] for job in self.jobs.values()), default=0) + machine.process_rss(os.getpid())
+    def _place(self, folder: Path, tree: Digest, name: str) -> None:
+        """Put the files of a directory in their places. What an earlier build put there and this one has not goes: a
+        loader would prefer an old model.safetensors to new shards."""
+        blob = self.store.read_bytes(tree)
+        if blob is None:
+            raise StoreError(str(self.store.root), f"the list of files of {name} is damaged", "run again")
+        found = directory.files(blob)
+        for row in self.store.outputs():
+            stale = row.path.parent == folder and row.path.name not in found
+            if stale and self.store.output_current(row.path, row.digest):
+                row.path.unlink(missing_ok=True)
+        for inside, digest in found.items():
+            self._link(folder / inside, digest, name)
 
     def _metadata(self) -> None:
         if self.resolved.checkpoint.kind == "gguf" or self.judge.verdicts["metadata"].outputs:
@@ -136,7 +158,7 @@ class _Build:
             if result is None:
                 self.sink.message("info", "reading the tokenizer and the model's metadata")
                 task = metadata.Task(self.resolved.checkpoint, self.resolved.config.model.name)
-                done = self._job(metadata.KIND, "metadata", task, metadata.ram(self.resolved.checkpoint.aux))
+                done = self.jobs.run(metadata.KIND, "metadata", task, metadata.ram(self.resolved.checkpoint.aux))
                 result = ActionResult(metadata.KIND, (self.store.put_bytes(done.value),), done.seconds, done.peak)
                 self.cache.put(key, result)
         self.judge.verdicts["metadata"] = plan.Verdict("run", "made", key, result.outputs)
@@ -151,17 +173,7 @@ class _Build:
         sources = {i for a in unknown for _, i in a.inputs if isinstance(i, Source) and self.judge.digest(i) is None}
         if not sources:
             return todo
-        numbers = {str(f.path): n for n, f in enumerate(self.resolved.checkpoint.files)}
-        ordered = sorted(sources, key=lambda s: (numbers[s.file], s.offset))
-        ranges = tuple(hashing.Range(s.name, numbers[s.file], s.offset, s.nbytes) for s in ordered)
-        task = hashing.Task(self.resolved.checkpoint.files, ranges)
-        self._start(f"{self.resolved.name}: hashing what changed", len(ranges), sum(r.nbytes for r in ranges))
-        try:
-            done = self._job("source.hash", "hashing", task, hashing.RAM)
-        finally:
-            self.sink.finish()
-        self.totals["read_bytes"] += sum(r.nbytes for r in ranges)
-        self.judge.learn(done.value)
+        self.totals["read_bytes"] += staged.hash_sources(self.plan, self.jobs, self.judge, sources)
         metadata_verdict = self.judge.verdicts.get("metadata")
         self.judge.all()
         if metadata_verdict is not None:
@@ -171,7 +183,7 @@ class _Build:
             if verdict.state == "hit" and self.store.check_blob(verdict.outputs[0]):
                 self._link(self.plan.out / target.file_name, verdict.outputs[0], target.name)
                 counts = {"hit": len(target.tensors)}
-                self.results[target.name] = self._result(target.name, verdict.outputs[0], counts, done.seconds)
+                self.results[target.name] = self._result(target.name, verdict.outputs[0], counts, 0.0)
                 todo = [t for t in todo if t is not target]
         return todo
 
@@ -180,7 +192,7 @@ class _Build:
         task = kernels_of(self.resolved, todo)
         if not warm.is_done(task):
             self.sink.message("info", f"compiling kernels for {', '.join(task.types)} (once per machine)")
-            self._job("kernels.warm", "compiling kernels", task, warm.RAM)
+            self.jobs.run("kernels.warm", "compiling kernels", task, warm.RAM)
             warm.note(task)
 
     def _pass(self, todo: list[FileTarget]) -> None:
@@ -194,17 +206,15 @@ class _Build:
         task = pass_task(self.resolved, wanted, self.plan.strategy, known)
         label = "gguf pass " + ", ".join(f"'{t.name}'" for t in todo)
         title = f"{self.resolved.name} → {', '.join(t.name for t in todo)}"
-        self._start(title, len(task.tensors), sum(t.nbytes for t in task.tensors))
-        try:
-            done = self._job("gguf.pass", label, task, predict_ram(task))
-        finally:
-            self.sink.finish()
+        with self.jobs.progress(title, len(task.tensors), sum(t.nbytes for t in task.tensors)):
+            done = self.jobs.run("gguf.pass", label, task, predict_ram(task))
         files, tally = done.value
         self._finish(files, tally, done)
 
     def _finish(self, files: list[stream.FileResult], tally: stream.Tally, done: worker.Done) -> None:
         self.totals["read_bytes"] += tally.read_bytes
-        for name in ("computed", "reused", "written_bytes", "seconds"):
+        self.totals["written_bytes"] += tally.written_bytes
+        for name in ("computed", "reused", "seconds"):
             self.totals[name] = getattr(tally, name)
         for type_, (weights, seconds) in tally.encoded.items():
             if weights > MEASURABLE:
@@ -230,49 +240,26 @@ class _Build:
     def _result(self, name: str, digest: Digest, counts: dict[str, int], seconds: float) -> dict[str, Any]:
         target = next(t for t in self.plan.targets if t.name == name)
         ran = counts.get("run", 0) > 0
+        made = next(t for t in self.resolved.targets if t.name == name)
+        folder = isinstance(made, CalibratedTarget) and made.directory is not None
+        nbytes = target.bytes if folder else digest.size  # of a folder the digest is that of its list of files
         return {
             "path": str(target.path),
             "digest": str(digest),
-            "bytes": digest.size,
-            "bits_per_weight": round(8 * digest.size / target.weights, 4),
+            "bytes": nbytes,
+            "bits_per_weight": round(8 * nbytes / target.weights, 4),
             "verdicts": {k: v for k, v in counts.items() if v},
             "seconds": round(seconds, 3),
-            "peak_ram": self.peak if ran else 0,
+            "peak_ram": self.jobs.peak if ran else 0,
             "predicted_ram": self.plan.footprint.ram if ran else 0,
         }
 
-    # progress and report ----------------------------------------------------------------------------------------------
-
-    def _start(self, title: str, tensors: int, nbytes: int) -> None:
-        self.began = time.monotonic()
-        self.todo_tensors, self.todo_bytes = tensors, nbytes
-        self.weights = sum(spec.weights for spec in self.resolved.specs.values())
-        self.sink.start(title, tensors, nbytes, self.plan.budget.ram)
-
-    def _event(self, event: dict[str, Any]) -> None:
-        if event["event"] == "message":
-            self.sink.message(event["level"], event["text"])
-            return
-        elapsed = max(time.monotonic() - self.began, 1e-3)
-        rate = event["bytes"] / elapsed
-        self.sink.update(
-            Status(
-                tensors_done=event["tensors"],
-                tensors_total=self.todo_tensors,
-                bytes_done=event["bytes"],
-                bytes_total=self.todo_bytes,
-                weights_per_s=rate * self.weights / max(self.todo_bytes, 1),
-                eta_s=(self.todo_bytes - event["bytes"]) / rate if rate else None,
-                rss=event["rss"] + machine.process_rss(os.getpid()),
-                budget=self.plan.budget.ram,
-                bound=_bound(event["seconds"], self.plan),
-                current=event["current"],
-            )
-        )
+    # report -----------------------------------------------------------------------------------------------------------
 
     def report(self, seconds: float) -> dict[str, Any]:
         """The content of ``build.json``, written beside the outputs when anything about it changed."""
         resolved = self.resolved
+        kinds = {action.kind for action in resolved.graph.actions.values()}
         files = {f.path.name: f.path.stat().st_size for f in resolved.checkpoint.files}
         document = {
             "model": {
@@ -284,11 +271,11 @@ class _Build:
             },
             "targets": {t.name: self.results[t.name] for t in self.plan.targets},
             "totals": self.totals | {"wall_seconds": round(seconds, 3)},
-            "jobs": self.jobs,
-            "versions": {"qbuild": qbuild.__version__} | dict(plan.versions()),
+            "jobs": self.jobs.noted,
+            "versions": {"qbuild": qbuild.__version__} | plan.versions(kinds),
         }
         path = self.plan.out / "build.json"
-        if self.jobs or not path.exists():
+        if self.jobs.noted or not path.exists():
             write_json(path, document)
         return document
 
@@ -300,17 +287,6 @@ class _Build:
                 if isinstance(item, Source):
                     texts.append(f"{item.name} {role} {judge.digest(item)}")
         return str(digest_bytes("\n".join(sorted(set(texts))).encode()))
-
-
-def _bound(seconds: dict[str, float], made: Plan) -> str:
-    """What holds the build back: where the pipeline waits."""
-    if "encode" not in seconds:  # only hashing
-        return "disk" if seconds["read"] > seconds["hash"] else "CPU"
-    if made.strategy.threads < made.budget.threads:
-        return "memory"
-    if seconds["wait_slot"] > seconds["read"]:
-        return "disk" if seconds["write"] > seconds["wait_encode"] else "CPU"
-    return "disk" if seconds["read"] > seconds["hash"] else "CPU"
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

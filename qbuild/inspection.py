@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
 from qbuild import schema
 from qbuild.arch import convert, mix
 from qbuild.budget import format_size
+from qbuild.calibrated import CalibratedTarget
 from qbuild.errors import ConfigError
 from qbuild.ggml import FILE_TYPES, QTYPES
 from qbuild.graph import Action
 from qbuild.manifest import explain as explain_lines
-from qbuild.plan import Judge, Plan, manifest_parts
-from qbuild.recipe import model_name, open_model
+from qbuild.plan import Judge, Plan, Verdict, manifest_parts
+from qbuild.recipe import Resolved, model_name, open_model
 
 LONG = 240
 
@@ -67,7 +69,7 @@ def info_text(found: dict[str, Any]) -> str:
 def explain(plan: Plan, words: list[str]) -> list[dict[str, Any]]:
     """The actions that ``words`` name (targets, tensors, or actions), with verdict, reason and manifest."""
     graph = plan.resolved.graph
-    wanted = [f"file:{t.name}" for t in plan.targets] if not words else [i for w in words for i in _matches(plan, w)]
+    wanted = list(graph.targets.values()) if not words else [i for w in words for i in _matches(plan, w)]
     judge = Judge(plan.resolved, plan.store, rebuild=False)
     judge.verdicts = dict(plan.verdicts)
     return [_explained(judge, plan, graph.actions[action_id]) for action_id in dict.fromkeys(wanted)]
@@ -118,7 +120,7 @@ def graph(plan: Plan, style: str) -> str:
         return "\n".join(["graph LR", *body, *(f"  {names[a]} --> {names[b]}" for a, b in edges)])
     lines = []
     for target in plan.targets:
-        root = f"file:{target.name}"
+        root = plan.resolved.graph.targets[target.name]
         lines.append(nodes[root])
         below = [a for a, b in edges if b == root]
         for number, node in enumerate(below):
@@ -135,19 +137,44 @@ def _condensed(plan: Plan) -> tuple[dict[str, str], list[tuple[str, str]]]:
         nodes["metadata"] = f"metadata: {verdicts['metadata'].state}"
         edges.append(("source", "metadata"))
     for target in resolved.targets:
+        nodes[target.action] = f"{target.file_name}: {verdicts[target.action].state}"
+        if isinstance(target, CalibratedTarget):
+            edges += _calibrated(target, resolved, verdicts, nodes)
+            continue
         root = target.action
         groups: dict[str, list[str]] = {}
         for (_, type_), action in zip(target.choices, target.tensors, strict=True):
             groups.setdefault(type_, []).append(action)
         for type_, actions in groups.items():
-            states = sorted({verdicts[a].state for a in actions})
             node = f"{root}/{type_}"
-            nodes[node] = f"{len(actions)} tensors to {type_}: {', '.join(states)}"
+            nodes[node] = f"{len(actions)} tensors to {type_}: {_states(actions, verdicts)}"
             edges += [("source", node), (node, root)]
+            if target.awaits and resolved.awaited:
+                edges.append((resolved.awaited, node))
         if "metadata" in nodes:
             edges.append(("metadata", root))
-        nodes[root] = f"{target.file_name}: {verdicts[root].state}"
-    return nodes, edges
+    return nodes, list(dict.fromkeys(edges))
+
+
+def _calibrated(
+    target: CalibratedTarget, resolved: Resolved, verdicts: Mapping[str, Verdict], nodes: dict[str, str]
+) -> list[tuple[str, str]]:
+    """Below a calibrated target: its solved layers, the statistics they rest on, the tokens."""
+    if resolved.calibration is None:
+        return []
+    layers = [output.action for output in resolved.calibration.statistics]
+    nodes["tokens"] = f"calibration tokens: {verdicts['tokens'].state}"
+    nodes["statistics"] = f"statistics of {len(layers)} layers: {_states(layers, verdicts)}"
+    edges = [("source", "statistics"), ("tokens", "statistics")]
+    if set(target.tensors) == set(layers):
+        return [*edges, ("statistics", target.action)]
+    node = target.tensors[0].partition(":")[0] + target.tensors[0].partition("+")[1:][-1]
+    nodes[node] = f"{len(target.tensors)} layers quantized: {_states(target.tensors, verdicts)}"
+    return [*edges, ("statistics", node), ("source", node), (node, target.action)]
+
+
+def _states(actions: Iterable[str], verdicts: Mapping[str, Verdict]) -> str:
+    return ", ".join(sorted({verdicts[action].state for action in actions}))
 
 
 def _short(line: str) -> str:

@@ -7,32 +7,49 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from qbuild import machine, schema
-from qbuild.actions import file, metadata, stream, tensor, warm
+from qbuild.actions import (
+    directory,
+    file,
+    importance,
+    metadata,
+    solve,
+    statistics,
+    stream,
+    tensor,
+    tokens,
+    warm,
+    weights,
+)
 from qbuild.arch.metadata import quantized_kvs
 from qbuild.budget import Budget, Footprint, Remedy, parse_size, refuse
 from qbuild.cache import ActionCache
-from qbuild.digest import Digest, Hasher
+from qbuild.calibrated import CalibratedTarget
+from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import InputError
 from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Source
-from qbuild.lower import CHUNKS, Strategy, Wanted, choose_strategy, kernels_of, layout, pass_task
+from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, Wanted, choose_strategy, kernels_of, layout, pass_task
 from qbuild.manifest import action_key, walk
 from qbuild.recipe import FileTarget, Resolved, resolve
+from qbuild.steps import Step, steps
 from qbuild.store import Store
 
-__all__ = ["Judge", "Plan", "TargetPlan", "Verdict", "make", "manifest_parts"]
+__all__ = ["Judge", "Plan", "TargetPlan", "Verdict", "make", "manifest_parts", "versions"]
+
+MISSING = "not installed"
 
 # Weights a second of one core, and bytes a second of a disk; replaced by this machine's own after its first build.
-TYPICAL_RATE = {"read": 1e9, "write": 4e8} | {
+TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 3e10, "solve": 2e10} | {
     f"encode {name}": rate
     for name, rate in (
         *(("F32", 2e9), ("F16", 4e9), ("BF16", 4e9), ("Q8_0", 2e9), ("Q4_0", 2e9), ("Q4_1", 2e9), ("Q5_0", 2e9)),
@@ -43,7 +60,11 @@ TYPICAL_RATE = {"read": 1e9, "write": 4e8} | {
     )
 }
 
-SALTS = {tensor.KIND: tensor.SALT, file.KIND: file.SALT, metadata.KIND: metadata.SALT}
+KINDS = (tensor, file, metadata, tokens, weights, statistics, solve, importance, directory)
+SALTS = {module.KIND: module.SALT for module in KINDS}
+VERSIONS: dict[str, tuple[str, ...]] = {
+    module.KIND: module.VERSIONS for module in (metadata, tokens, statistics, solve)
+}  # packages whose release can change an action's bytes
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,7 @@ class Plan:
     verdicts: dict[str, Verdict]
     targets: tuple[TargetPlan, ...]
     strategy: Strategy
+    steps: tuple[Step, ...]  # of calibrated targets, before the GGUF pass
     footprint: Footprint
     read_bytes: int
     seconds: float  # estimated, by this machine's own rates once it has built something
@@ -102,6 +124,7 @@ class Plan:
             "budget": asdict(self.budget),
             "predicted": asdict(self.footprint) | {"read_bytes": self.read_bytes, "seconds": self.seconds},
             "strategy": asdict(self.strategy),
+            "steps": [asdict(step) for step in self.steps],
             "targets": {t.name: t.to_json() for t in self.targets},
         }
 
@@ -112,45 +135,49 @@ def manifest_parts(action: Action, digests: list[tuple[str, Digest]]) -> Iterato
 
 
 def _versions(kind: str) -> list[tuple[str, str]]:
-    if kind != metadata.KIND:
-        return []
-    found = []
-    for package in metadata.VERSIONS:
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:
-            raise InputError("environment", f"the package {package} is missing", f"pip install {package}") from None
-    return found
+    return [(package, _version(package)) for package in VERSIONS.get(kind, ())]
 
 
-def versions() -> list[tuple[str, str]]:
-    """Versions of the packages whose release can change bytes."""
-    return _versions(metadata.KIND)
+@lru_cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        if package == "torch":
+            return MISSING  # a plan can be made without it, and says what a build will ask for
+        raise InputError("environment", f"the package {package} is missing", f"pip install {package}") from None
+
+
+def versions(kinds: Iterable[str]) -> dict[str, str]:
+    """Versions of the packages whose release can change bytes of these kinds of actions."""
+    return {package: found for kind in kinds for package, found in _versions(kind) if found != MISSING}
 
 
 class Judge:
     """Gives verdicts. Digests of source bytes come from the records of unchanged files, small files are hashed here."""
 
-    def __init__(self, resolved: Resolved, store: Store, rebuild: bool) -> None:
-        self.resolved, self.store, self.rebuild = resolved, store, rebuild
+    def __init__(self, resolved: Resolved, store: Store, rebuild: bool, spared: Collection[str] = ()) -> None:
+        """``rebuild``: stored results do not count, but for the kinds of action in ``spared``."""
+        self.resolved, self.store, self.rebuild, self.spared = resolved, store, rebuild, spared
         self.cache = ActionCache(store)
         self.records: dict[str, dict[int, Digest] | None] = {}
         self.learned: dict[tuple[str, int], Digest] = {}
         self.verdicts: dict[str, Verdict] = {}
-        self.small = {str(path) for path in resolved.checkpoint.aux.values()}
+        self.small: dict[str, Digest] = {}  # side files and calibration text, hashed here
         self.identities = {str(f.path): f.identity for f in resolved.checkpoint.files}
 
-    def all(self) -> dict[str, Verdict]:
+    def all(self, made: Mapping[str, Verdict] | None = None) -> dict[str, Verdict]:
+        """A verdict for every action; those in ``made`` have theirs."""
         for action in self.resolved.graph.actions.values():
-            self.verdicts[action.id] = self._judge(action)
+            self.verdicts[action.id] = (made or {}).get(action.id) or self._judge(action)
         return self.verdicts
 
     def digest(self, source: Source) -> Digest | None:
         """The digest of source bytes, if it is known without reading weights."""
-        if source.file in self.small:
-            hasher = Hasher()
-            hasher.update(Path(source.file).read_bytes())
-            return hasher.digest()
+        if source.file and source.file not in self.identities:
+            if source.file not in self.small:
+                self.small[source.file] = digest_bytes(Path(source.file).read_bytes())
+            return self.small[source.file]
         learned = self.learned.get((source.file, source.offset))
         if learned is not None:
             return learned
@@ -191,7 +218,9 @@ class Judge:
         if missing:
             return Verdict("unknown" if self._hinted(action) else "run", missing)
         key = action_key(manifest_parts(action, digests))
-        if self.rebuild:
+        if action.kind == weights.KIND:
+            return Verdict("hit", "known", key, (digest_bytes(key.encode()),))
+        if self.rebuild and action.kind not in self.spared:
             return Verdict("run", "all again (-B)", key)
         result = self.cache.get(key)
         if result is None:
@@ -202,7 +231,7 @@ class Judge:
         """Bytes of a file's key-value pairs, and whether that is exact or an estimate."""
         kvs = self.kvs(target)
         if kvs is not None:
-            return sum(len(kv.raw) for kv in kvs), True
+            return sum(len(kv.raw) for kv in kvs), not target.awaits
         # Vocabulary and merges make nearly all of it; tokenizer.json holds both, with quotes and ids around them.
         aux = self.resolved.checkpoint.aux
         tokenizer = next((aux[n].stat().st_size for n in ("tokenizer.json", "tokenizer.model") if n in aux), 2 << 20)
@@ -245,6 +274,14 @@ class Judge:
         verdict = self.verdicts[target.action]
         return TargetPlan(target.name, path, verdict, size, exact, weights, types, dict(states))
 
+    def calibrated_plan(self, target: CalibratedTarget, out: Path) -> TargetPlan:
+        states = Counter(self.verdicts[a].state for a in target.tensors)
+        path, verdict = out / target.file_name, self.verdicts[target.action]
+        size, exact = target.nbytes, target.exact
+        if verdict.outputs and target.directory is None:
+            size, exact = verdict.outputs[0].size, True
+        return TargetPlan(target.name, path, verdict, size, exact, target.weights, dict(target.types), dict(states))
+
     def seconds(self, todo: list[FileTarget], read: int, written: int, threads: int) -> float:
         """Estimated time of a pass: encoding on ``threads`` cores, or moving the bytes, whichever is longer."""
         wanted = {a: spec for t in todo for (spec, _), a in zip(t.choices, t.tensors, strict=True)}
@@ -278,31 +315,52 @@ def out_dir(resolved: Resolved) -> Path:
     return Path(resolved.config.out or f"outputs/{resolved.name}").expanduser().absolute()
 
 
-def make(config: schema.Config, *, fetch: bool) -> Plan:
-    """The plan of a configuration. Raises BudgetRefused when it can never fit."""
-    resolved = resolve(config, fetch=fetch)
-    store, out = Store(store_dir(config)), out_dir(resolved)
-    judge = Judge(resolved, store, config.rebuild)
-    verdicts = judge.all()
+def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) -> Plan:
+    """The plan of a configuration. Raises BudgetRefused when it can never fit.
+
+    ``spared``: kinds of actions whose stored results count even with -B, because this build made them.
+    """
+    store = Store(store_dir(config))
+    resolved, judge = _judged(config, store, fetch, spared)
+    out = out_dir(resolved)
+    verdicts = judge.verdicts
     budget = resolve_budget(config, store.root, out)
-    kv_bytes = [judge.kv_bytes(t) for t in resolved.targets]
-    layouts = [layout(t, size) for t, (size, _) in zip(resolved.targets, kv_bytes, strict=True)]
-    todo = [Wanted(t, at) for t, at in zip(resolved.targets, layouts, strict=True) if verdicts[t.action].state != "hit"]
+    kv_bytes = [judge.kv_bytes(t) for t in resolved.files]
+    layouts = [layout(t, size) for t, (size, _) in zip(resolved.files, kv_bytes, strict=True)]
+    todo = [Wanted(t, at) for t, at in zip(resolved.files, layouts, strict=True) if verdicts[t.action].state != "hit"]
     strategy, ram, read = Strategy(CHUNKS[0], budget.threads), 0, 0
     if todo:
         strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before([w.target for w in todo]))
         read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}).tensors)
-    targets = tuple(
-        judge.target_plan(t, at.size, exact, out)
-        for t, at, (_, exact) in zip(resolved.targets, layouts, kv_bytes, strict=True)
-    )
+    files = {
+        t.name: judge.target_plan(t, at.size, exact, out)
+        for t, at, (_, exact) in zip(resolved.files, layouts, kv_bytes, strict=True)
+    }
+    calibrated = {t.name: judge.calibrated_plan(t, out) for t in resolved.targets if isinstance(t, CalibratedTarget)}
+    targets = tuple((files | calibrated)[t.name] for t in resolved.targets)
+    ahead = steps(resolved, verdicts, budget, judge.rate)
     copies = 2 if config.store.link == "copy" else 1
-    disk = copies * sum(t.bytes for t in targets if t.verdict.state != "hit")
-    _check_disk(disk, budget, targets, copies)
     written = sum(t.bytes for t in targets if t.verdict.state != "hit")
-    seconds = judge.seconds([w.target for w in todo], read, written, strategy.threads)
-    footprint = Footprint(ram=ram, disk=disk)
-    return Plan(resolved, store, budget, out, verdicts, targets, strategy, footprint, read, seconds)
+    disk = copies * written + sum(s.disk for s in ahead) + max((s.temporary for s in ahead), default=0)
+    _check_disk(disk, budget, targets, copies)
+    seconds = judge.seconds([w.target for w in todo], read, written, strategy.threads) + sum(s.seconds for s in ahead)
+    ram = max([ram, *(PARENT_RAM + step.ram for step in ahead)])
+    footprint = Footprint(ram=ram, vram=max((s.vram for s in ahead), default=0), disk=disk)
+    return Plan(resolved, store, budget, out, verdicts, targets, strategy, ahead, footprint, read, seconds)
+
+
+def _judged(config: schema.Config, store: Store, fetch: bool, spared: Collection[str]) -> tuple[Resolved, Judge]:
+    """The graph with verdicts. An importance matrix that calibration has made already takes part in the graph."""
+    resolved = resolve(config, fetch=fetch)
+    judge = Judge(resolved, store, config.rebuild, spared)
+    judge.all()
+    if resolved.awaited and judge.verdicts[resolved.awaited].state == "hit":
+        found = store.path(judge.verdicts[resolved.awaited].outputs[0])
+        if found is not None:
+            resolved = resolve(config, fetch=fetch, matrix=found, checkpoint=resolved.checkpoint)
+            judge = Judge(resolved, store, config.rebuild, spared)
+            judge.all()
+    return resolved, judge
 
 
 def resolve_budget(config: schema.Config, store: Path, out: Path) -> Budget:

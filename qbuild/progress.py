@@ -26,12 +26,13 @@ class Status:
     tensors_total: int
     bytes_done: int
     bytes_total: int
-    weights_per_s: float
+    weights_per_s: float | None  # None: weights are not what is counted
     eta_s: float | None
     rss: int
     budget: int
     bound: str
     current: str
+    unit: str = "tensors"
 
     @property
     def share(self) -> float:
@@ -45,7 +46,7 @@ class Status:
 class Sink(Protocol):
     """``message`` may come at any time; ``update`` only between ``start`` and ``finish``, as often as one likes."""
 
-    def start(self, title: str, total_tensors: int, total_bytes: int, budget_ram: int) -> None: ...
+    def start(self, title: str, total: int, total_bytes: int, budget_ram: int, unit: str = "tensors") -> None: ...
 
     def update(self, status: Status) -> None: ...
 
@@ -67,7 +68,7 @@ class Messages:
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
-    def start(self, title: str, total_tensors: int, total_bytes: int, budget_ram: int) -> None:
+    def start(self, title: str, total: int, total_bytes: int, budget_ram: int, unit: str = "tensors") -> None:
         pass
 
     def update(self, status: Status) -> None:
@@ -90,9 +91,10 @@ class Lines(Messages):
 
     last: Status | None
 
-    def start(self, title: str, total_tensors: int, total_bytes: int, budget_ram: int) -> None:
+    def start(self, title: str, total: int, total_bytes: int, budget_ram: int, unit: str = "tensors") -> None:
         self.shown, self.last = self.clock(), None
-        self.stream.write(f"{title}: {total_tensors} tensors, {format_size(total_bytes)} to read\n")
+        amount = f", {format_size(total_bytes)} to read" if unit == "tensors" else ""
+        self.stream.write(f"{title}: {total} {unit}{amount}\n")
         self.stream.flush()
 
     def update(self, status: Status) -> None:
@@ -107,7 +109,7 @@ class Lines(Messages):
 
     def _show(self, status: Status) -> None:
         self.shown = self.clock()
-        facts = [f"{status.share:4.0%}", *facts_of(status)]
+        facts = [f"{status.share:4.0%}", *work_of(status), memory_of(status), *outlook_of(status)]
         self.stream.write("  ".join(facts) + "\n")
         self.stream.flush()
 
@@ -120,7 +122,7 @@ class Live(Messages):
         self.view: Any = None
         self.title = ""
 
-    def start(self, title: str, total_tensors: int, total_bytes: int, budget_ram: int) -> None:
+    def start(self, title: str, total: int, total_bytes: int, budget_ram: int, unit: str = "tensors") -> None:
         from rich.console import Console
         from rich.live import Live as RichLive
 
@@ -128,7 +130,8 @@ class Live(Messages):
         console = Console(file=self.stream, highlight=False)
         self.view = RichLive(console=console, refresh_per_second=8, transient=True, redirect_stdout=False)
         self.view.start()
-        self.update(Status(0, total_tensors, 0, total_bytes, 0.0, None, 0, budget_ram, "", ""))
+        rate = 0.0 if unit == "tensors" else None
+        self.update(Status(0, total, 0, total_bytes, rate, None, 0, budget_ram, "", "", unit))
 
     def update(self, status: Status) -> None:
         from rich.console import Group
@@ -140,8 +143,8 @@ class Live(Messages):
         head.add_column(ratio=1)
         head.add_column(width=5, justify="right")
         head.add_row(ProgressBar(total=1.0, completed=status.share), f"{status.share:.0%}")
-        work, rate, memory, *rest = facts_of(status)
-        line = Text(f"{work} · {rate} · ", overflow="ellipsis", no_wrap=True)
+        facts, memory, rest = work_of(status), memory_of(status), outlook_of(status)
+        line = Text("".join(f"{fact} · " for fact in facts), overflow="ellipsis", no_wrap=True)
         line.append(memory, style="bold red" if status.near_budget else "")
         foot = Text(" · ".join([*rest, status.current]), style="dim", overflow="ellipsis", no_wrap=True)
         title = Text(self.title, style="bold", overflow="ellipsis", no_wrap=True)
@@ -163,16 +166,21 @@ def labelled(level: str, text: str) -> str:
     return text if level == "info" else f"{level}: {text}"
 
 
-def facts_of(status: Status) -> list[str]:
-    """Work done, rate, memory, then what bounds the build and how long it will still take."""
+def work_of(status: Status) -> list[str]:
+    """Work done and its rate."""
+    done = f"{status.tensors_done}/{status.tensors_total} {status.unit}"
+    return [done] if status.weights_per_s is None else [done, f"{status.weights_per_s / 1e6:.0f} M weights/s"]
+
+
+def memory_of(status: Status) -> str:
+    near = ", near the budget" if status.near_budget else ""
+    return f"RAM {format_size(status.rss)} of {format_size(status.budget)}{near}"
+
+
+def outlook_of(status: Status) -> list[str]:
+    """What bounds the build and how long it will still take."""
     eta = "" if status.eta_s is None or status.share == 1 else f"{duration(status.eta_s)} left"
-    memory = f"RAM {format_size(status.rss)} of {format_size(status.budget)}"
-    return [
-        f"{status.tensors_done}/{status.tensors_total} tensors",
-        f"{status.weights_per_s / 1e6:.0f} M weights/s",
-        memory + (", near the budget" if status.near_budget else ""),
-        *filter(None, [f"bound by {status.bound}" if status.bound else "", eta]),
-    ]
+    return [fact for fact in (f"bound by {status.bound}" if status.bound else "", eta) if fact]
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ A function of the configuration, the headers of the checkpoint and nothing else:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +15,20 @@ from qbuild.actions import file, metadata, tensor
 from qbuild.arch import convert, mix
 from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.arch.shapes import expected_tensors
+from qbuild.calibrated import CalibratedTarget, Calibration
 from qbuild.checkpoint import Checkpoint, shapes
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, InputError
 from qbuild.ggml import FILE_TYPES, QTYPES, FileType
-from qbuild.graph import Action, Graph, Input, Source
+from qbuild.graph import Action, Graph, Input, Output, Source
 from qbuild.imatrix import Imatrix
 from qbuild.imatrix import load as load_imatrix
 from qbuild.source import open_source
 
-__all__ = ["FileTarget", "Resolved", "model_name", "open_model", "resolve"]
+AUTO = "auto"  # the value of ``imatrix`` that asks for one made by calibration
+Choices = tuple[tuple[TensorSpec, str], ...]
+
+__all__ = ["AUTO", "FileTarget", "Resolved", "calibrates", "model_name", "open_model", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -37,20 +41,31 @@ class FileTarget:
     choices: tuple[tuple[TensorSpec, str], ...]
     tensors: tuple[str, ...]
     action: str
+    awaits: bool = False  # an importance matrix that calibration will make
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration as a graph. ``name`` is the model's name in file names."""
+    """A configuration as a graph. ``name`` is the model's name in file names.
+
+    ``awaited``: the action that makes the importance matrix which some target waits for.
+    """
 
     config: schema.Config
     checkpoint: Checkpoint
     facts: ModelFacts
     name: str
     graph: Graph
-    targets: tuple[FileTarget, ...]
+    targets: tuple[FileTarget | CalibratedTarget, ...]
     specs: dict[str, TensorSpec]
     imatrix_slices: dict[Digest, bytes]
+    calibration: Calibration | None = None
+    awaited: str | None = None
+
+    @property
+    def files(self) -> tuple[FileTarget, ...]:
+        """The GGUF targets."""
+        return tuple(t for t in self.targets if isinstance(t, FileTarget))
 
 
 def open_model(model: schema.Model, *, fetch: bool, offline: bool) -> Checkpoint:
@@ -86,13 +101,19 @@ def model_name(model: schema.Model, checkpoint: Checkpoint) -> str:
     return stem
 
 
-def resolve(config: schema.Config, *, fetch: bool) -> Resolved:
-    """The graph of a configuration. ``fetch``: the weights must be here (a build); else headers will do (a plan)."""
+def resolve(
+    config: schema.Config, *, fetch: bool, matrix: Path | None = None, checkpoint: Checkpoint | None = None
+) -> Resolved:
+    """The graph of a configuration. ``fetch``: the weights must be here (a build); else headers will do (a plan).
+
+    ``matrix``: the importance matrix that calibration made, for targets that ask for it. ``checkpoint``: the model if
+    it is open already.
+    """
     if not config.targets:
         raise ConfigError("target", "nothing is asked for", "target=gguf/q4_k_m, or +recipe=NAME")
-    checkpoint = open_model(config.model, fetch=fetch, offline=config.offline)
-    builder = _Builder(config, checkpoint)
-    targets = tuple(builder.file_target(name, target) for name, target in config.targets.items())
+    checkpoint = checkpoint or open_model(config.model, fetch=fetch, offline=config.offline)
+    builder = _Builder(config, checkpoint, matrix, fetch=fetch)
+    targets = tuple(builder.target(name, target) for name, target in config.targets.items())
     _check_names(targets)
     return Resolved(
         config,
@@ -103,10 +124,12 @@ def resolve(config: schema.Config, *, fetch: bool) -> Resolved:
         targets,
         {s.name: s for s in builder.specs},
         builder.slices,
+        builder.calibration,
+        builder.awaited,
     )
 
 
-def _check_names(targets: tuple[FileTarget, ...]) -> None:
+def _check_names(targets: tuple[FileTarget | CalibratedTarget, ...]) -> None:
     seen: dict[str, str] = {}
     for target in targets:
         other = seen.setdefault(target.file_name, target.name)
@@ -118,8 +141,8 @@ def _check_names(targets: tuple[FileTarget, ...]) -> None:
 class _Builder:
     """Adds the actions of one model to a graph."""
 
-    def __init__(self, config: schema.Config, checkpoint: Checkpoint) -> None:
-        self.config, self.checkpoint = config, checkpoint
+    def __init__(self, config: schema.Config, checkpoint: Checkpoint, matrix: Path | None, *, fetch: bool) -> None:
+        self.config, self.checkpoint, self.matrix, self.fetch = config, checkpoint, matrix, fetch
         self.facts = convert.model_facts(checkpoint)
         self.specs = convert.tensor_specs(checkpoint, config.model.outtype)
         self.name = model_name(config.model, checkpoint)
@@ -127,6 +150,22 @@ class _Builder:
         self.matrices: dict[str, Imatrix] = {}
         self.slices: dict[Digest, bytes] = {}
         self.kvs = self._metadata()
+        self.calibration = self._calibration()
+        self.awaited: str | None = None
+
+    def _calibration(self) -> Calibration | None:
+        if not calibrates(self.config):
+            return None
+        return Calibration(self.config, self.checkpoint, self.specs, self.graph, fetch=self.fetch)
+
+    def target(self, name: str, target: schema.Target) -> FileTarget | CalibratedTarget:
+        if isinstance(target, schema.GgufTarget):
+            return self.file_target(name, target)
+        if self.calibration is None:
+            raise RuntimeError(f"BUG: {target.format} needs no calibration and is no GGUF file")
+        made = self.calibration.target(name, target, self.name)
+        self.graph.targets[name] = made.action
+        return made
 
     def _metadata(self) -> Input:
         """Where a file's key-value pairs come from: a GGUF source's own, else the metadata action."""
@@ -139,41 +178,45 @@ class _Builder:
         inputs = [(n, Source(n, str(p), 0, p.stat().st_size)) for n, p in sorted(checkpoint.aux.items())]
         return self.graph.add(Action("metadata", metadata.KIND, params, tuple(inputs)))
 
-    def file_target(self, name: str, target: schema.Target) -> FileTarget:
+    def file_target(self, name: str, target: schema.GgufTarget) -> FileTarget:
         place = f"targets.{name}"
-        if not isinstance(target, schema.GgufTarget):
-            raise ConfigError(place, f"format {target.format!r} cannot be built yet", "choose a gguf/… target")
         choices = tuple(mix.choose(self.specs, self.facts, _mix(target)))
         matrix = self._imatrix(target.imatrix) if target.imatrix else None
-        bare = choices if matrix is None else [c for c in choices if c[0].name not in matrix.entries]
-        lacking = mix.needs_imatrix(bare, _mix(target))
-        if lacking and matrix is None:
-            fact = f"{target.ftype} needs an importance matrix (for {lacking})"
-            raise ConfigError(place, fact, f"make one with llama-imatrix, then {place}.imatrix=FILE")
-        if lacking:
-            fact = f"{target.imatrix} has no entry for {lacking}, which cannot be made without one"
-            raise InputError(place, fact, "make an importance matrix of this very model: llama-imatrix")
+        if not isinstance(matrix, Output):
+            _check_matrix(target, choices, matrix, place)
         tensors = tuple(self.graph.add(self.tensor(spec, type_, place, matrix)) for spec, type_ in choices)
         shapes_ = tuple((s.name, s.shape, t) for s, t in choices)
-        noted = (matrix.file, matrix.dataset, len(matrix.entries), matrix.chunks) if matrix else None
+        noted = _noted(matrix)
         params = file.Params(FILE_TYPES[target.ftype].id, shapes_, noted)
         named = ((spec.name, output) for (spec, _), output in zip(choices, tensors, strict=True))
         made = self.graph.add(Action(f"file:{name}", file.KIND, params, (("kvs", self.kvs), *named)))
         self.graph.targets[name] = made.action
         file_name = f"{self.name}-{schema.label(target)}.gguf"
         ids = tuple(output.action for output in tensors)
-        return FileTarget(name, file_name, FILE_TYPES[target.ftype], choices, ids, made.action)
+        awaits = isinstance(matrix, Output)
+        return FileTarget(name, file_name, FILE_TYPES[target.ftype], choices, ids, made.action, awaits)
 
-    def _imatrix(self, path: str) -> Imatrix:
-        """An importance matrix, read once however many targets use it."""
+    def _imatrix(self, path: str) -> Imatrix | Output:
+        """An importance matrix, read once however many targets use it; or the action that will make it."""
+        if path == AUTO and self.matrix is None:
+            if self.calibration is None:
+                raise RuntimeError("BUG: an importance matrix is to be made, and there is no calibration")
+            self.awaited = self.calibration.matrix.action
+            return self.calibration.matrix
         if path not in self.matrices:
-            self.matrices[path] = load_imatrix(path)
+            made = path == AUTO
+            found = load_imatrix(str(self.matrix) if made else path)
+            self.matrices[path] = replace(found, file=f"{self.name}-imatrix.gguf") if made else found
         return self.matrices[path]
 
-    def _slice(self, spec: TensorSpec, type_: str, place: str, matrix: Imatrix | None) -> Digest | None:
+    def _slice(
+        self, spec: TensorSpec, type_: str, place: str, matrix: Imatrix | Output | None
+    ) -> Digest | Output | None:
         """The part of an importance matrix that weighs this tensor, by digest; its bytes are kept for the pass."""
         if matrix is None or type_ not in tensor.WEIGHED:
             return None
+        if isinstance(matrix, Output):
+            return matrix if self.calibration and self.calibration.sees(spec) else None
         matrices = spec.shape[0] if len(spec.shape) > 2 else 1
         values = matrix.values(spec.name, matrices, spec.shape[-1], place)
         if values is None:
@@ -183,7 +226,7 @@ class _Builder:
         self.slices[digest] = data
         return digest
 
-    def tensor(self, spec: TensorSpec, type_: str, place: str, matrix: Imatrix | None) -> Action:
+    def tensor(self, spec: TensorSpec, type_: str, place: str, matrix: Imatrix | Output | None) -> Action:
         """The action that makes one output tensor in one type."""
         cols = spec.shape[-1]
         inputs: list[tuple[str, Input]] = []
@@ -207,7 +250,33 @@ class _Builder:
         if weights is None:
             return Action(f"{spec.name}:{type_}", tensor.KIND, params, tuple(inputs))
         inputs.append(("imatrix", weights))
-        return Action(f"{spec.name}:{type_}+{weights.hash[:8]}", tensor.KIND, params, tuple(inputs))
+        which = weights.hash[:8] if isinstance(weights, Digest) else AUTO
+        return Action(f"{spec.name}:{type_}+{which}", tensor.KIND, params, tuple(inputs))
+
+
+def calibrates(config: schema.Config) -> bool:
+    """Whether a target needs the model to be run over calibration text."""
+    targets = config.targets.values()
+    return any(isinstance(t, schema.CALIBRATED) or getattr(t, "imatrix", None) == AUTO for t in targets)
+
+
+def _check_matrix(target: schema.GgufTarget, choices: Choices, matrix: Imatrix | None, place: str) -> None:
+    """A type that cannot be made without importances has them for every tensor."""
+    bare = choices if matrix is None else tuple(c for c in choices if c[0].name not in matrix.entries)
+    lacking = mix.needs_imatrix(list(bare), _mix(target))
+    if lacking and matrix is None:
+        fact = f"{target.ftype} needs an importance matrix (for {lacking})"
+        raise ConfigError(place, fact, f"{place}.imatrix=auto makes one by calibration; or {place}.imatrix=FILE")
+    if lacking:
+        fact = f"{target.imatrix} has no entry for {lacking}, which cannot be made without one"
+        raise InputError(place, fact, "make an importance matrix of this very model: llama-imatrix")
+
+
+def _noted(matrix: Imatrix | Output | None) -> tuple[str, str | None, int, int] | None:
+    """What the file says of its importance matrix."""
+    if isinstance(matrix, Imatrix):
+        return matrix.file, matrix.dataset, len(matrix.entries), matrix.chunks
+    return None if matrix is None else ("", None, 0, 0)
 
 
 def _mix(target: schema.GgufTarget) -> mix.Mix:

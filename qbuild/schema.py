@@ -27,6 +27,7 @@ __all__ = [
     "CalibrationConf",
     "Config",
     "CtTarget",
+    "DirectoryTarget",
     "GgufTarget",
     "GptqTarget",
     "GraphConf",
@@ -153,39 +154,45 @@ class ImatrixTarget(Target):
 
 
 @dataclass(frozen=True)
-class AwqTarget(Target):
-    """A directory of safetensors in AutoAWQ's gemm layout: 4 bits, asymmetric."""
+class DirectoryTarget(Target):
+    """A directory of safetensors whose linears are codes in groups of columns.
 
-    format: str = "awq"
+    ``scaled``: AWQ's scales are searched and folded into what stands before a linear. ``rounding``: gptq makes good in
+    later columns what rounding loses in one, ``nearest`` does not. All layouts may have either.
+    """
+
     group_size: int = field(default=128, metadata={"check": _group})
+    scaled: bool = True
+    rounding: str = field(default="gptq", metadata=one_of("gptq", "nearest", what="a way of rounding"))
+    order: str = field(default="activation", metadata=one_of("natural", "activation", "group", what="an order"))
+    damping: float = field(default=0.05, metadata={"check": _damping})
     max_shard_size: str | int = field(default="5GB", metadata={"check": parse_size})
 
 
 @dataclass(frozen=True)
-class GptqTarget(Target):
-    """A directory of safetensors in GPTQ's layout."""
+class AwqTarget(DirectoryTarget):
+    """AutoAWQ's gemm layout: 4 bits, asymmetric."""
+
+    format: str = "awq"
+
+
+@dataclass(frozen=True)
+class GptqTarget(DirectoryTarget):
+    """GPTQ's layout."""
 
     format: str = "gptq"
     bits: int = field(default=4, metadata=_whole(2, 3, 4, 8))
-    group_size: int = field(default=128, metadata={"check": _group})
     symmetric: bool = True
-    order: str = field(default="activation", metadata=one_of("natural", "activation", "group", what="an order"))
-    damping: float = field(default=0.05, metadata={"check": _damping})
     layout: str = field(default="gptq", metadata=one_of("gptq", "gptq_v2", what="a layout"))
-    max_shard_size: str | int = field(default="5GB", metadata={"check": parse_size})
 
 
 @dataclass(frozen=True)
-class CtTarget(Target):
-    """A directory of safetensors, compressed-tensors' pack-quantized layout, of GPTQ's results."""
+class CtTarget(DirectoryTarget):
+    """compressed-tensors' pack-quantized layout."""
 
     format: str = "ct"
     bits: int = field(default=4, metadata=_whole(4, 8))
-    group_size: int = field(default=128, metadata={"check": _group})
     symmetric: bool = True
-    order: str = field(default="activation", metadata=one_of("natural", "activation", "group", what="an order"))
-    damping: float = field(default=0.05, metadata={"check": _damping})
-    max_shard_size: str | int = field(default="5GB", metadata={"check": parse_size})
 
 
 @dataclass(frozen=True)
@@ -195,7 +202,7 @@ class CalibrationConf:
     length: int = field(default=512, metadata=COUNT)  # tokens of a window
     seed: int = 0
     dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16", what="a type to compute in"))
-    spill: bool = False  # hidden states go to disk
+    spill: bool | None = None  # hidden states go to disk; null: where they do not fit in RAM
 
 
 @dataclass(frozen=True)
@@ -246,7 +253,7 @@ FORMATS: dict[str, type[Target]] = {
     "gptq": GptqTarget,
     "ct": CtTarget,
 }
-CALIBRATED = (ImatrixTarget, AwqTarget, GptqTarget, CtTarget)  # and GGUF files with imatrix: auto
+CALIBRATED = (ImatrixTarget, DirectoryTarget)  # and GGUF files with imatrix: auto
 
 
 def label(target: Target) -> str:

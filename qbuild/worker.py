@@ -7,6 +7,7 @@ end of the build, and what it imported (numba, transformers) is gone with it. Th
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -26,7 +27,7 @@ from qbuild import errors, machine
 from qbuild.actions import hashing, stream, warm
 from qbuild.actions import metadata as metadata_action
 from qbuild.budget import format_size
-from qbuild.errors import ActionFailed, Interrupted, QbuildError
+from qbuild.errors import ActionFailed, ConfigError, Interrupted, QbuildError
 from qbuild.store import Store
 
 POLL = 0.05  # seconds between looks at the worker's memory
@@ -169,6 +170,26 @@ KINDS: dict[str, Callable[[Job, Emit], Any]] = {
     "kernels.warm": _run_warm,
     "source.hash": _run_hash,
 }
+# Modules that may load torch: named here, imported only in the worker that runs them.
+JOBS = {
+    "calibration.tokens": "qbuild.jobs.tokens",
+    "calibration.statistics": "qbuild.jobs.statistics",
+    "quant.layer": "qbuild.jobs.solve",
+    "calibration.imatrix": "qbuild.jobs.importance",
+    "checkpoint.directory": "qbuild.jobs.directory",
+}
+
+
+def _run(job: Job, emit: Emit) -> Any:
+    if job.kind in KINDS:
+        return KINDS[job.kind](job, emit)
+    try:
+        module = importlib.import_module(JOBS[job.kind])
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ConfigError(job.label, "torch is not installed", "pip install 'qbuild[calibrate]'") from None
+    return module.run(job.task, Store(job.store), emit)
 
 
 def _peak() -> int:
@@ -191,7 +212,7 @@ def main(descriptor: int) -> None:
 
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
     try:
-        value = KINDS[job.kind](job, lambda event: send(("event", event)))
+        value = _run(job, lambda event: send(("event", event)))
         send(("done", value, _peak()))
     except QbuildError as error:
         send(("error", error, _peak()))

@@ -19,8 +19,9 @@ LAYERS = [
     "fsutil links upkeep index store cache machine checkpoint imatrix source",
     "kernels. arch. quant. calibration. evaluation. fit backends.",
     "actions.",
-    "schema recipe lower plan inspection",
-    "progress render report. worker execute",
+    "schema calibrated recipe lower steps plan inspection",
+    "jobs.",
+    "progress render report. worker running staged execute",
     "fastpath cli.",
     "api __main__",
 ]

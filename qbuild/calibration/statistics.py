@@ -94,8 +94,8 @@ class Statistics:
         return json.dumps(about, separators=(",", ":"))
 
     @staticmethod
-    def from_bytes(data: bytes | bytearray) -> Statistics:
-        """Raises ValueError or KeyError for bytes that ``to_bytes`` did not make."""
+    def from_bytes(data: bytes | bytearray, *, grams: bool = True) -> Statistics:
+        """Raises ValueError or KeyError for bytes that ``to_bytes`` did not make. Without ``grams`` they stay out."""
         start = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:start])
         about = json.loads(header["__metadata__"]["qbuild"])
@@ -107,7 +107,8 @@ class Statistics:
         inputs = []
         for name, shared, count in about["inputs"]:
             diagonal = values(f"{name}.diagonal").copy()
-            gram = _square(values(f"{name}.gram"), len(diagonal)) if f"{name}.gram" in header else None
+            held = grams and f"{name}.gram" in header
+            gram = _square(values(f"{name}.gram"), len(diagonal)) if held else None
             inputs.append(Input(name, tuple(shared), count, gram, diagonal, values(f"{name}.mean_abs").copy()))
         return Statistics(about["layer"], tuple(inputs), tuple(about["unreached"]))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from qbuild.errors import InputError
 
-__all__ = ["Document", "documents"]
+__all__ = ["Document", "documents", "files"]
 
 Document = str | list[dict[str, str]]
 
@@ -37,18 +37,24 @@ def documents(source: str | None) -> list[Document]:
     """
     if source is None:
         return list(_built_in())
-    path = Path(source).expanduser()
-    if not path.exists() and path.suffix not in SUFFIXES[:1] and (match := ON_HUB.fullmatch(source)):
-        path = _fetched(match[1], match[2], source)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
-        if not files:
-            raise InputError(source, f"has no {', '.join(SUFFIXES)} files in it", KINDS)
-    else:
-        files = [path]
-    found = [document for file in files for document in _file(file, source) if document]
+    found = [document for file in files(source, fetch=True) for document in _file(file, source) if document]
     if not found:
         raise InputError(source, "has no text in it", KINDS)
+    return found
+
+
+def files(source: str, *, fetch: bool) -> list[Path]:
+    """The files of a source. Without ``fetch`` one on the Hub has none. Raises InputError."""
+    path = Path(source).expanduser()
+    if not path.exists() and path.suffix not in SUFFIXES[:1] and (match := ON_HUB.fullmatch(source)):
+        return [_fetched(match[1], match[2], source)] if fetch else []
+    if not path.exists():
+        raise InputError(source, "there is no such file or directory", KINDS)
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if not found:
+        raise InputError(source, f"has no {', '.join(SUFFIXES)} files in it", KINDS)
     return found
 
 

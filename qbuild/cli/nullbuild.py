@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qbuild import fastpath, schema
+from qbuild.actions.tokens import BUILTIN
 from qbuild.checkpoint import TEMPLATES
+from qbuild.recipe import AUTO, calibrates
 
 __all__ = ["as_null", "inputs", "outputs"]
 
@@ -21,8 +23,10 @@ def inputs(config: schema.Config, folders: tuple[Path, ...]) -> list[str] | None
         return None
     found = [path for folder in folders for path in fastpath.tree(str(folder))]
     targets = [t for t in config.targets.values() if isinstance(t, schema.GgufTarget)]
-    imatrices = [Path(t.imatrix).expanduser() for t in targets if t.imatrix]
-    return [*found, *map(str, source), *map(str, imatrices)]
+    read = [t.imatrix for t in targets if t.imatrix and t.imatrix != AUTO]
+    if calibrates(config) and config.calibration.source != BUILTIN:
+        read.append(config.calibration.source)
+    return [*found, *map(str, source), *(str(Path(file).expanduser()) for file in read)]
 
 
 def _source(source: str) -> list[Path] | None:
@@ -44,7 +48,8 @@ def _source(source: str) -> list[Path] | None:
 
 def outputs(document: Mapping[str, Any]) -> list[str]:
     paths = [Path(target["path"]) for target in document["targets"].values()]
-    return [str(path) for path in [*paths, *sorted({path.parent / "build.json" for path in paths})]]
+    inside = [file for path in paths if path.is_dir() for file in sorted(path.iterdir())]
+    return [str(path) for path in [*paths, *inside, *sorted({path.parent / "build.json" for path in paths})]]
 
 
 def as_null(document: Mapping[str, Any]) -> dict[str, Any]:

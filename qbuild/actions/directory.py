@@ -1,0 +1,61 @@
+"""``checkpoint.directory``: a model directory out of solved layers, plain tensors and side files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qbuild.checkpoint import Checkpoint
+from qbuild.digest import Digest, digest_bytes
+from qbuild.quant.directory import Directory
+from qbuild.quant.shapes import Scheme
+
+KIND = "checkpoint.directory"
+SALT = 1
+RAM = 330 << 20  # a worker with torch loaded
+
+
+@dataclass(frozen=True)
+class Params:
+    """``files``: digest of every header and of the texts that are written; the inputs are what fills them."""
+
+    layout: str
+    files: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """``solved`` is by layer."""
+
+    key: str
+    checkpoint: Checkpoint
+    directory: Directory
+    scheme: Scheme
+    solved: tuple[Digest, ...]
+
+
+@dataclass(frozen=True)
+class Made:
+    """``tree`` is the artifact that stands for the directory."""
+
+    tree: Digest
+    read_bytes: int
+    written_bytes: int
+
+
+def planned(directory: Directory) -> str:
+    """Digest of what is written whatever the weights are: headers and texts."""
+    parts = [(file.name, file.header) for file in directory.files]
+    parts += [(name, text.encode()) for name, text in sorted(directory.texts.items())]
+    return digest_bytes(repr(parts).encode()).hash
+
+
+def tree(files: Mapping[str, Digest]) -> bytes:
+    """The artifact that stands for a directory: its files by name."""
+    return json.dumps({name: str(digest) for name, digest in sorted(files.items())}).encode()
+
+
+def files(blob: bytes) -> dict[str, Digest]:
+    """The files of a directory's artifact."""
+    return {name: Digest.parse(text) for name, text in json.loads(blob).items()}

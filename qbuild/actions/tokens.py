@@ -1,0 +1,39 @@
+"""``calibration.tokens``: the windows of tokens that every statistic is taken over, as one artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+KIND = "calibration.tokens"
+SALT = 1
+VERSIONS = ("tokenizers", "transformers")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "config.json",
+)  # fmt: skip
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True)
+class Params:
+    """At most ``samples`` windows of exactly ``length`` tokens, chosen by ``seed`` where there are more."""
+
+    samples: int
+    length: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    source: str | None  # None: the built-in text
+    model: str
+    tokenizer: Mapping[str, Path]
+    params: Params
+
+
+def ram(tokenizer: Mapping[str, Path], text_bytes: int) -> int:
+    """Predicted peak bytes: transformers without torch, the tokenizer, the text and its tokens as Python objects."""
+    vocabulary = tokenizer["tokenizer.json"].stat().st_size if "tokenizer.json" in tokenizer else 1 << 20
+    return (120 << 20) + 20 * vocabulary + 24 * text_bytes

@@ -1,0 +1,205 @@
+"""Calibrated targets → graph: tokens, one chain of statistics for all of them, solved layers, directories, imatrix.
+
+A function of the configuration, the checkpoint's headers and the calibration file's stat; nothing heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from qbuild import schema
+from qbuild.actions import directory, importance, solve, statistics, tokens, weights
+from qbuild.arch.convert import TensorSpec
+from qbuild.budget import parse_size
+from qbuild.calibration import extent
+from qbuild.calibration.texts import documents, files
+from qbuild.checkpoint import Checkpoint
+from qbuild.digest import digest_bytes
+from qbuild.errors import InputError
+from qbuild.graph import Action, Graph, Input, Output, Source
+from qbuild.quant.directory import Directory, plain_dtype
+from qbuild.quant.directory import directory as plan_directory
+from qbuild.quant.shapes import Scheme
+
+__all__ = ["CalibratedTarget", "Calibration"]
+
+NEEDS = "calibration runs the model: name a directory of safetensors with its config.json, or a Hub id"
+MATRIX = "imatrix"  # id of the action that makes the importance matrix
+
+
+@dataclass(frozen=True)
+class CalibratedTarget:
+    """A directory of packed safetensors, or an importance matrix. ``tensors``: the actions that it is made of."""
+
+    name: str
+    file_name: str
+    tensors: tuple[str, ...]
+    action: str
+    nbytes: int
+    exact: bool
+    weights: int
+    types: Mapping[str, tuple[int, int]]  # type → (tensors, bytes)
+    directory: Directory | None = None
+    scheme: Scheme | None = None
+
+
+class Calibration:
+    """Adds to a graph what the calibrated targets of one model need; what they share is added once."""
+
+    def __init__(
+        self, config: schema.Config, checkpoint: Checkpoint, specs: list[TensorSpec], graph: Graph, *, fetch: bool
+    ) -> None:
+        if checkpoint.kind == "gguf":
+            raise InputError(checkpoint.source, "a GGUF file cannot be calibrated on", NEEDS)
+        self.config, self.checkpoint, self.specs, self.graph, self.fetch = config, checkpoint, specs, graph, fetch
+        self.model = extent.model_shape(checkpoint.config, {n: t.shape for n, t in checkpoint.tensors.items()})
+        self.device = "cuda" if config.device == "cuda" else "cpu"
+        grams = any(isinstance(target, schema.DirectoryTarget) for target in config.targets.values())
+        self.detail = "gram" if grams else "diagonal"
+
+    # sources ---------------------------------------------------------------------------------------------------------
+
+    def source(self, name: str) -> Source:
+        """A whole tensor of the checkpoint."""
+        found = self.checkpoint.tensors[name]
+        path = str(self.checkpoint.files[found.file].path) if self.checkpoint.files else ""
+        return Source(name, path, found.offset, found.nbytes)
+
+    def _side_file(self, name: str) -> Source:
+        path = self.checkpoint.aux[name]
+        return Source(name, str(path), 0, path.stat().st_size)
+
+    @cached_property
+    def texts(self) -> tuple[tuple[str, Input], ...]:
+        """The calibration text by content: its files, or the built-in documents."""
+        source = self.config.calibration.source
+        if source == tokens.BUILTIN:
+            return (("text", digest_bytes(repr(documents(None)).encode())),)
+        paths = files(source, fetch=self.fetch)
+        if not paths:  # of the Hub, not fetched by a plan
+            return (("text", digest_bytes(source.encode())),)
+        return tuple((f"text {p.name}", Source(p.name, str(p.absolute()), 0, p.stat().st_size)) for p in paths)
+
+    # actions ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokens(self) -> Output:
+        wanted = self.config.calibration
+        params = tokens.Params(int(wanted.samples), int(wanted.length), wanted.seed)
+        vocabulary = [(name, self._side_file(name)) for name in tokens.TOKENIZER if name in self.checkpoint.aux]
+        return self.graph.add(Action("tokens", tokens.KIND, params, (*self.texts, *vocabulary)))
+
+    def weights(self, layer: int) -> Output:
+        """All weights that the input of layer ``layer + 1`` depends on, as a chain; -1: those before the first."""
+        inputs: list[tuple[str, Input]] = []
+        if layer >= 0:
+            inputs.append(("before", self.weights(layer - 1)))
+        names = self.model.layers[layer].tensors if layer >= 0 else self.model.before
+        inputs += [(f"source {name}", self.source(name)) for name in names]
+        return self.graph.add(Action(f"weights:{layer}", weights.KIND, weights.Params(), tuple(inputs)))
+
+    @cached_property
+    def statistics(self) -> tuple[Output, ...]:
+        """By layer. Each depends on the tokens and on the weights up to it, so a change in layer 20 leaves 0 to 19."""
+        config = digest_bytes(json.dumps(statistics.config_of(self.checkpoint), sort_keys=True).encode())
+        made = []
+        for layer in range(len(self.model.layers)):
+            params = statistics.Params(layer, self.detail, self.config.calibration.dtype, self.device)
+            inputs = (("tokens", self.tokens), ("config", config), ("weights", self.weights(layer)))
+            made.append(self.graph.add(Action(f"statistics:{layer}", statistics.KIND, params, inputs)))
+        return tuple(made)
+
+    @cached_property
+    def matrix(self) -> Output:
+        """The importance matrix of the calibration data."""
+        wanted = self.config.calibration
+        names = digest_bytes(repr([(s.name, s.shape, s.pieces) for s in self.specs]).encode()).hash
+        params = importance.Params(Path(wanted.source).name, names)
+        inputs = [("tokens", self.tokens), *((f"layer {i}", s) for i, s in enumerate(self.statistics))]
+        return self.graph.add(Action(MATRIX, importance.KIND, params, tuple(inputs)))
+
+    # targets ---------------------------------------------------------------------------------------------------------
+
+    def target(self, name: str, target: schema.Target, model: str) -> CalibratedTarget:
+        if isinstance(target, schema.DirectoryTarget):
+            return self._directory(name, target, f"{model}-{schema.label(target)}")
+        made = tuple(output.action for output in self.statistics)
+        values = sum(width for layer in self.model.layers for width in layer.inputs)
+        types = {"F32": (2 * len(self.specs), 4 * values)}
+        file_name = f"{model}-{schema.label(target)}.gguf"
+        return CalibratedTarget(name, file_name, made, self.matrix.action, 4 * values, False, self.model.weights, types)
+
+    def _directory(self, name: str, target: schema.DirectoryTarget, folder: str) -> CalibratedTarget:
+        place = f"targets.{name}"
+        scheme = _scheme(target, self.checkpoint)
+        limit = parse_size(target.max_shard_size, f"{place}.max_shard_size")
+        linears = [linear.name for layer in self.model.layers for linear in layer.linears]
+        planned = plan_directory(self.checkpoint, scheme, linears, place=place, max_shard_size=limit)
+        solved = tuple(self._solved(layer, target) for layer in self.model.layers)
+        inputs: list[tuple[str, Input]] = [(f"layer {i}", output) for i, output in enumerate(solved)]
+        plain = [item.source for file in planned.files for item in file.items if not item.linear]
+        inputs += [(f"source {source}", self.source(source)) for source in plain]
+        inputs += [(copied, self._side_file(copied)) for copied in sorted(planned.copies)]
+        params = directory.Params(scheme.layout, directory.planned(planned))
+        made = self.graph.add(Action(f"file:{name}", directory.KIND, params, tuple(inputs)))
+        actions = tuple(output.action for output in solved)
+        copies = sum(path.stat().st_size for path in planned.copies.values())
+        size, types = planned.size + copies, _types(planned, scheme)
+        weights_ = self.model.weights
+        return CalibratedTarget(name, folder, actions, made.action, size, True, weights_, types, planned, scheme)
+
+    def _solved(self, layer: extent.LayerShape, target: schema.DirectoryTarget) -> Output:
+        """A layer quantized as a target asks; targets that ask the same share it, whatever their layouts."""
+        _, bits, symmetric = _stored(target)
+        params = solve.Params(
+            layer.index,
+            bits,
+            target.group_size,
+            symmetric,
+            target.scaled,
+            target.rounding,
+            target.order,
+            target.damping,
+            tuple(linear.name for linear in layer.linears),
+            self.device,
+        )
+        inputs: list[tuple[str, Input]] = [("statistics", self.statistics[layer.index])]
+        inputs += [(f"source {name}", self.source(name)) for name in layer.tensors]
+        which = digest_bytes(repr(replace(params, layer=0, linears=())).encode()).hash[:8]
+        return self.graph.add(Action(f"layer {layer.index}:{which}", solve.KIND, params, tuple(inputs)))
+
+    def sees(self, spec: TensorSpec) -> bool:
+        """Whether calibration sees the input of a GGUF tensor: a linear of a decoder layer, or rows of one."""
+        linears = {linear.name for layer in self.model.layers for linear in layer.linears}
+        return any(piece.source.removesuffix(".weight") in linears for piece in spec.pieces)
+
+
+def _stored(target: schema.DirectoryTarget) -> tuple[str, int, bool]:
+    """Layout, bits, and whether codes are symmetric."""
+    match target:
+        case schema.GptqTarget():
+            return target.layout, target.bits, target.symmetric
+        case schema.CtTarget():
+            return "pack-quantized", target.bits, target.symmetric
+        case _:
+            return "awq-gemm", 4, False
+
+
+def _scheme(target: schema.DirectoryTarget, checkpoint: Checkpoint) -> Scheme:
+    layout, bits, symmetric = _stored(target)
+    return Scheme(layout, bits, target.group_size, symmetric, dtype=plain_dtype(checkpoint, layout))
+
+
+def _types(planned: Directory, scheme: Scheme) -> dict[str, tuple[int, int]]:
+    """Kind of tensor → (how many, bytes)."""
+    found: dict[str, tuple[int, int]] = {}
+    for file in planned.files:
+        for item in file.items:
+            kind = f"W{scheme.bits}" if item.linear else item.tensors[0].dtype
+            count, nbytes = found.get(kind, (0, 0))
+            found[kind] = count + 1, nbytes + sum(tensor.nbytes for tensor in item.tensors)
+    return found

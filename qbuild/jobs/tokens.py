@@ -1,0 +1,25 @@
+"""The calibration text as windows of tokens."""
+
+from __future__ import annotations
+
+import sys
+
+from qbuild.actions.tokens import Task
+from qbuild.calibration.texts import documents
+from qbuild.calibration.tokens import Shape, load_tokenizer, windows
+from qbuild.digest import Digest
+from qbuild.jobs import Emit
+from qbuild.store import Store
+
+__all__ = ["run"]
+
+
+def run(task: Task, store: Store, emit: Emit) -> Digest:
+    # transformers loads torch wherever it is installed: 170 MB and two seconds that a tokenizer does not need.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    tokenizer = load_tokenizer(task.tokenizer, task.model)
+    shape = Shape(task.params.samples, task.params.length, task.params.seed)
+    packed = windows(documents(task.source), tokenizer, shape)
+    text = "the text that comes with qbuild (calibration.source names another)" if task.source is None else task.source
+    emit({"event": "message", "level": "info", "text": f"calibration on {text}: {packed.notice}"})
+    return store.put_bytes(packed.to_bytes())

@@ -1,0 +1,172 @@
+"""The calibrated part of a build: its steps in order, each leaving its results in the store before the next begins.
+
+Afterwards every calibrated target is a hit, and a GGUF target that waits for an importance matrix has one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from qbuild.actions import directory, hashing, importance, solve, statistics, tokens, weights
+from qbuild.cache import ActionCache, ActionResult
+from qbuild.calibrated import CalibratedTarget
+from qbuild.digest import Digest
+from qbuild.graph import Action, Output, Source
+from qbuild.plan import Judge, Plan, Verdict
+from qbuild.running import Jobs
+from qbuild.steps import Step, missing
+
+__all__ = ["KINDS", "Stage", "hash_sources"]
+
+KINDS = frozenset((tokens.KIND, statistics.KIND, solve.KIND, importance.KIND, directory.KIND))
+
+
+def hash_sources(made: Plan, jobs: Jobs, judge: Judge, sources: Iterable[Source]) -> int:
+    """Hash those of ``sources`` whose digests are not known; ``judge`` learns them. Returns the bytes read."""
+    files = made.resolved.checkpoint.files
+    numbers = {str(f.path): n for n, f in enumerate(files)}
+    unknown = {s for s in sources if judge.digest(s) is None}
+    ordered = sorted(unknown, key=lambda s: (numbers[s.file], s.offset))
+    ranges = tuple(hashing.Range(s.name, numbers[s.file], s.offset, s.nbytes) for s in ordered)
+    total = sum(r.nbytes for r in ranges)
+    if ranges:
+        with jobs.progress(f"{made.resolved.name}: hashing what changed", len(ranges), total):
+            done = jobs.run("source.hash", "hashing", hashing.Task(files, ranges), hashing.RAM)
+        judge.learn(judge.learned | done.value)
+    return total
+
+
+class Stage:
+    """Runs the plan's steps. ``computed`` holds the ids of the actions that ran, ``seconds`` is by step kind."""
+
+    def __init__(self, made: Plan, jobs: Jobs) -> None:
+        self.plan, self.jobs, self.store = made, jobs, made.store
+        self.resolved, self.cache = made.resolved, ActionCache(made.store)
+        if made.resolved.calibration is None:
+            raise RuntimeError("BUG: a plan without calibration has no steps")
+        self.calibration = made.resolved.calibration
+        self.judge = Judge(made.resolved, made.store, made.resolved.config.rebuild)
+        self.made: dict[str, Verdict] = {}
+        self.read_bytes = self.written_bytes = 0
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def computed(self) -> frozenset[str]:
+        return frozenset(self.made)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many actions of each kind ran."""
+        return dict(Counter(self.resolved.graph.actions[action].kind for action in self.made))
+
+    def run(self) -> None:
+        self._settle()
+        actions = self.resolved.graph.actions
+        sources = [i for a in self._missing() for _, i in actions[a].inputs if isinstance(i, Source)]
+        chain = [i for a in actions.values() if a.kind == weights.KIND for _, i in a.inputs if isinstance(i, Source)]
+        self.read_bytes += hash_sources(self.plan, self.jobs, self.judge, [*sources, *chain])
+        self._settle()
+        runners = {
+            tokens.KIND: self._tokens,
+            statistics.KIND: self._statistics,
+            solve.KIND: self._solve,
+            importance.KIND: self._matrix,
+            directory.KIND: self._directories,
+        }
+        for step in self.plan.steps:
+            todo = [actions[a] for a in self._missing() if actions[a].kind == step.kind]
+            if todo:
+                self.seconds[step.kind] = runners[step.kind](step, todo)
+                self._settle()
+
+    def _settle(self) -> None:
+        """Verdicts again: what was made has outputs now, so what reads it has a key."""
+        self.judge.all(self.made)
+
+    def _missing(self) -> list[str]:
+        return missing(self.resolved, self.judge.verdicts)
+
+    def _output(self, action_id: str) -> Digest:
+        return self.judge.verdicts[action_id].outputs[0]
+
+    def _key(self, action: Action) -> str:
+        key = self.judge.verdicts[action.id].key
+        if key is None:
+            raise RuntimeError(
+                f"BUG: {action.id} is to run but its key is unknown: {self.judge.verdicts[action.id].why}"
+            )
+        return key
+
+    def _note(self, action_id: str, *outputs: Digest) -> None:
+        self.made[action_id] = Verdict("hit", "made", self.judge.verdicts[action_id].key, outputs)
+
+    # steps -----------------------------------------------------------------------------------------------------------
+
+    def _tokens(self, step: Step, todo: list[Action]) -> float:
+        source, checkpoint = self.resolved.config.calibration.source, self.resolved.checkpoint
+        files = {name: path for name, path in checkpoint.aux.items() if name in tokens.TOKENIZER}
+        text = None if source == tokens.BUILTIN else source
+        task = tokens.Task(text, checkpoint.source, files, todo[0].params)
+        done = self.jobs.run(step.kind, step.label, task, step.ram)
+        self.cache.put(self._key(todo[0]), ActionResult(step.kind, (done.value,), done.seconds, done.peak))
+        self._note(todo[0].id, done.value)
+        return done.seconds
+
+    def _statistics(self, step: Step, todo: list[Action]) -> float:
+        every = [self.resolved.graph.actions[o.action] for o in self.calibration.statistics]
+        keys = {a.params.layer: self._key(a) for a in every}
+        wanted = frozenset(a.params.layer for a in todo)
+        states = self.store.root / "states" / keys[max(wanted)][:32]
+        tokens_, threads = self._output(self.calibration.tokens.action), self.plan.budget.threads
+        source = self.resolved.checkpoint
+        task = statistics.Task(source, tokens_, every[0].params, keys, wanted, states, step.spill, threads)
+        last = max(wanted) + 1
+        with self.jobs.progress(f"{self.resolved.name}: calibration", last, last, "layers"):
+            done = self.jobs.run(step.kind, step.label, task, step.ram)
+        for layer, digest in done.value.digests.items():
+            self._note(f"statistics:{layer}", digest)
+        self.read_bytes += done.value.read_bytes
+        return done.seconds
+
+    def _solve(self, step: Step, todo: list[Action]) -> float:
+        items = tuple(self._item(action) for action in sorted(todo, key=lambda a: a.params.layer))
+        task = solve.Task(self.resolved.checkpoint, items, self.plan.budget.threads)
+        with self.jobs.progress(f"{self.resolved.name}: {step.label}", len(items), len(items), "layers"):
+            done = self.jobs.run(step.kind, step.label, task, step.ram)
+        for action_id, digest in done.value.outputs.items():
+            self._note(action_id, digest)
+        self.read_bytes += done.value.read_bytes
+        return done.seconds
+
+    def _item(self, action: Action) -> solve.Item:
+        tensors = tuple(i.name for _, i in action.inputs if isinstance(i, Source))
+        below = next(i.action for _, i in action.inputs if isinstance(i, Output))
+        return solve.Item(action.id, self._key(action), action.params, self._output(below), tensors)
+
+    def _matrix(self, step: Step, todo: list[Action]) -> float:
+        layers = tuple(self._output(o.action) for o in self.calibration.statistics)
+        tokens_ = self._output(self.calibration.tokens.action)
+        specs = tuple(self.resolved.specs.values())
+        task = importance.Task(self._key(todo[0]), todo[0].params, tokens_, layers, specs)
+        done = self.jobs.run(step.kind, step.label, task, step.ram)
+        self._note(todo[0].id, done.value)
+        return done.seconds
+
+    def _directories(self, step: Step, todo: list[Action]) -> float:
+        seconds, wanted = 0.0, {action.id: action for action in todo}
+        for target in self.resolved.targets:
+            if not isinstance(target, CalibratedTarget) or target.action not in wanted:
+                continue
+            if target.directory is None or target.scheme is None:
+                raise RuntimeError(f"BUG: {target.name} is no directory")
+            solved, key = tuple(self._output(a) for a in target.tensors), self._key(wanted[target.action])
+            task = directory.Task(key, self.resolved.checkpoint, target.directory, target.scheme, solved)
+            title = f"{self.resolved.name} → {target.name}"
+            with self.jobs.progress(title, len(target.directory.files), target.directory.size, "files"):
+                done = self.jobs.run(step.kind, f"{step.label} '{target.name}'", task, step.ram)
+            self._note(target.action, done.value.tree)
+            self.read_bytes += done.value.read_bytes
+            self.written_bytes += done.value.written_bytes
+            seconds += done.seconds
+        return seconds

@@ -1,0 +1,197 @@
+"""Calibrated targets as whole builds of a real model: what runs, what is shared, what changes cost, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Done, Run
+from safetensors import safe_open
+
+TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
+ONCE = {"calibration.tokens": 1, "calibration.statistics": 3}
+
+Build = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def model(project: Path) -> Path:
+    """A copy that a test may change."""
+    folder = project / "tiny-llama"
+    shutil.copytree(TINY, folder)
+    return folder
+
+
+@pytest.fixture
+def text(project: Path) -> Path:
+    path = project / "text.txt"
+    path.write_text("\n".join(f"Section {n}: how {n * n} things are told apart by size and colour." for n in range(80)))
+    return path
+
+
+@pytest.fixture
+def attempt(qbuild: Run, model: Path, text: Path) -> Callable[..., Done]:
+    def run(*words: str) -> Done:
+        settings = ["calibration.samples=4", "calibration.length=64", "format=json"]
+        return qbuild(*settings, f"model.source={model}", f"calibration.source={text}", *words)
+
+    return run
+
+
+@pytest.fixture
+def build(attempt: Callable[..., Done]) -> Build:
+    def run(*words: str) -> dict[str, Any]:
+        done = attempt(*words)
+        assert done.code == 0, done.out + done.err
+        return done.document
+
+    return run
+
+
+def actions(document: dict[str, Any]) -> dict[str, int]:
+    return document["totals"]["actions"]
+
+
+def test_one_forward_pass_serves_every_format_and_a_second_group_size_none(build: Build) -> None:
+    auto = ["targets.q4_k_m.imatrix=auto", "targets.iq2_xs.imatrix=auto"]
+    made = build("target=[awq/w4_g64,gptq/w4_g64,ct/w4a16_g64,imatrix,gguf/q4_k_m,gguf/iq2_xs]", *auto)
+    # GPTQ's layout and compressed-tensors hold the same codes, so three layers are solved twice, not three times.
+    solved = {"quant.layer": 6, "calibration.imatrix": 1, "checkpoint.directory": 3}
+    assert actions(made) == ONCE | solved
+    assert made["totals"]["computed"] > 29
+
+    again = build("target=[awq/w4_g64,gptq/w4_g64,ct/w4a16_g64,imatrix,gguf/q4_k_m,gguf/iq2_xs]", *auto)
+    assert actions(again) == {}
+    assert all(set(target["verdicts"]) == {"hit"} for target in again["targets"].values())
+
+    other = build("target=awq/w4_g32")
+    assert actions(other) == {"quant.layer": 3, "checkpoint.directory": 1}
+
+
+def test_a_file_with_imatrix_auto_has_the_tensors_of_one_that_names_the_matrix(build: Build) -> None:
+    made = build("target=[imatrix,gguf/q2_k_s]", "targets.q2_k_s.imatrix=auto")
+    matrix = made["targets"]["imatrix"]["path"]
+    named = build("target=gguf/q2_k_s", f"targets.q2_k_s.imatrix={matrix}", "targets.q2_k_s.suffix=named")
+    assert named["totals"]["computed"] == 0
+    assert named["targets"]["q2_k_s"]["verdicts"] == {"hit": 29}
+
+
+def test_directories_hold_what_their_config_says(build: Build, model: Path) -> None:
+    made = build("target=[awq/w4_g64,gptq/w4_g32,ct/w8a16_g64]")
+    for name, method in (("awq_w4_g64", "awq"), ("gptq_w4_g32", "gptq"), ("ct_w8a16_g64", "compressed-tensors")):
+        folder = Path(made["targets"][name]["path"])
+        config = json.loads((folder / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == method
+        assert (folder / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+        with safe_open(folder / "model.safetensors", framework="np") as opened:
+            held = set(opened.keys())
+        linears = {n.rpartition(".")[0] for n in held if n.endswith(("qweight", "weight_packed"))}
+        assert len(linears) == 21
+        assert not {f"{linear}.weight" for linear in linears} & held
+        assert made["targets"][name]["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_shards_that_a_build_no_longer_has_go(build: Build) -> None:
+    sharded = Path(
+        build("target=gptq/w4_g64", "targets.gptq_w4_g64.max_shard_size=500kB")["targets"]["gptq_w4_g64"]["path"]
+    )
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    (sharded / "notes.txt").write_text("mine")
+    whole = Path(build("target=gptq/w4_g64")["targets"]["gptq_w4_g64"]["path"])
+    assert whole == sharded
+    assert [path.name for path in whole.glob("*.safetensors*")] == ["model.safetensors"]
+    assert (whole / "notes.txt").read_text() == "mine"
+
+
+def test_a_change_in_the_last_layer_leaves_the_layers_before_it(build: Build, model: Path) -> None:
+    build("target=awq/w4_g64")
+    _change(model / "model.safetensors", "model.layers.2.mlp.up_proj.weight")
+    assert actions(build("target=awq/w4_g64")) == {
+        "calibration.statistics": 1, "quant.layer": 1, "checkpoint.directory": 1,
+    }  # fmt: skip
+
+
+def test_a_new_head_changes_no_statistics(build: Build, model: Path) -> None:
+    build("target=awq/w4_g64")
+    _change(model / "model.safetensors", "model.norm.weight")
+    assert actions(build("target=awq/w4_g64")) == {"checkpoint.directory": 1}
+
+
+def test_all_again_computes_everything_once(build: Build) -> None:
+    first = build("target=[awq/w4_g64,gguf/q2_k_s]", "targets.q2_k_s.imatrix=auto")
+    again = build("-B", "target=[awq/w4_g64,gguf/q2_k_s]", "targets.q2_k_s.imatrix=auto")
+    assert actions(again) == actions(first)
+    assert again["totals"]["computed"] == 29
+    for name, target in first["targets"].items():
+        assert again["targets"][name]["digest"] == target["digest"]
+
+
+def test_a_damaged_file_of_a_directory_is_made_again(build: Build) -> None:
+    folder = Path(build("target=awq/w4_g64")["targets"]["awq_w4_g64"]["path"])
+    path = folder / "model.safetensors"
+    good = path.read_bytes()
+    path.chmod(0o600)  # the store's own file, by a hard link or a reflink
+    for file in (path, *Path("..", "cache", "qbuild", "store", "blobs").glob("*/*")):
+        if file.stat().st_size == len(good):
+            file.chmod(0o600)
+            file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert actions(build("target=awq/w4_g64")) == {"checkpoint.directory": 1}
+    assert path.read_bytes() == good
+
+
+def test_a_plan_counts_one_pass_and_reads_no_weights(attempt: Callable[..., Done]) -> None:
+    done = attempt("plan", "target=[awq/w4_g64,gguf/q4_k_m]", "targets.q4_k_m.imatrix=auto")
+    steps = {step["kind"]: step["count"] for step in done.document["steps"]}
+    assert steps == ONCE | {"quant.layer": 3, "calibration.imatrix": 1, "checkpoint.directory": 1}
+    assert done.document["predicted"]["ram"] > 100 << 20
+
+
+# refusals ------------------------------------------------------------------------------------------------------------
+
+
+def refused(done: Done, code: int, *words: str) -> None:
+    assert done.code == code, done.out
+    said = " ".join(done.error[key] for key in ("place", "fact", "remedy"))
+    assert not [word for word in words if word not in said], said
+
+
+def test_a_group_size_that_does_not_divide_is_refused_when_planned(attempt: Callable[..., Done]) -> None:
+    refused(attempt("plan", "target=gptq/w4_g128", "targets.gptq_w4_g128.group_size=80"), 2, "gptq_w4_g128", "80")
+
+
+def test_text_that_is_too_short_is_refused(attempt: Callable[..., Done], text: Path) -> None:
+    text.write_text("Hello.")
+    refused(attempt("target=imatrix"), 4, "calibration.source", "tokens", "a window needs 64")
+
+
+def test_text_that_is_not_there_is_refused_when_planned(attempt: Callable[..., Done], text: Path) -> None:
+    text.unlink()
+    refused(attempt("plan", "target=imatrix"), 4, "text.txt", "no such file")
+
+
+def test_a_model_without_a_tokenizer_is_refused(attempt: Callable[..., Done], model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    refused(attempt("target=awq/w4_g64"), 4, "tokenizer")
+
+
+def test_a_gguf_file_cannot_be_calibrated_on(attempt: Callable[..., Done], build: Build) -> None:
+    made = build("target=gguf/bf16")["targets"]["bf16"]["path"]
+    refused(attempt(f"model.source={made}", "target=imatrix"), 4, "GGUF", "safetensors")
+
+
+def test_a_budget_that_no_pass_fits_is_refused_with_what_helps(attempt: Callable[..., Done]) -> None:
+    refused(attempt("plan", "target=imatrix", "budget.ram=200MiB"), 3, "calibration", "budget.ram=")
+
+
+def _change(path: Path, name: str) -> None:
+    """Flip a low bit of one weight, in place."""
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    data[start + header[name]["data_offsets"][0]] ^= 1
+    path.write_bytes(data)
