@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qbuild.arch.families import Family, Row
-from qbuild.arch.shapes import Shapes, every, family, rotated, settings
+from qbuild.arch.shapes import Shapes, every, family, of_full_attention, rotated, settings
 from qbuild.checkpoint import Checkpoint, SourceTensor
 from qbuild.errors import ConfigError, InputError
 from qbuild.gguffile import decode_kv
@@ -178,16 +178,16 @@ class _Converter:
             fact = f"tensors {sources[0].name} and its likes are stored in different types"
             raise InputError(self.place, fact, "save the checkpoint again in one dtype")
         name = row.gguf if layer < 0 else f"blk.{layer}.{row.gguf}"
-        shape = self._shape(row, sources)
+        shape = self._shape(row, layer, sources)
         single = len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight")
         stored = "F32" if single or row.gguf in ALWAYS_F32 else self.matrix
         pieces = tuple(piece for source in sources for piece in self._pieces(row, source))
         return TensorSpec(name, _trimmed(shape), pieces, self._transform(row), stored)
 
-    def _shape(self, row: Row, sources: Sequence[SourceTensor]) -> tuple[int, ...]:
+    def _shape(self, row: Row, layer: int, sources: Sequence[SourceTensor]) -> tuple[int, ...]:
         """What the tensors make, so that what is not checked against the configuration is still what is there."""
         if row.source:
-            return self.shapes.of(row)
+            return self.shapes.of(row, layer)
         shape = list(sources[0].shape)
         if row.part[1] > 1:
             shape[-2] //= row.part[1]
@@ -283,6 +283,8 @@ def _rope_tensors(rules: Family, config: Mapping[str, Any], place: str) -> list[
     rope = _rope(config)
     if rules.rope == "llama3" and rope["rope_type"] == "llama3":
         return [_generated("rope_freqs.weight", _llama3_factors(config, rope))]
+    if rules.rope == "proportional":
+        return [_generated("rope_freqs.weight", _proportional_factors(config, rope))]
     if rules.rope == "longrope" and rope.get("long_factor"):
         factors = {n: np.array(rope[f"{n}_factor"], np.float32) for n in ("long", "short")}
         pairs = rotated(config, rope.get("partial_rotary_factor", 1.0)) // 2
@@ -296,6 +298,13 @@ def _rope_tensors(rules: Family, config: Mapping[str, Any], place: str) -> list[
 
 def _generated(name: str, values: np.ndarray) -> TensorSpec:
     return TensorSpec(name, values.shape, (), Transform(), "F32", values.tobytes())
+
+
+def _proportional_factors(config: Mapping[str, Any], rope: Mapping[str, Any]) -> np.ndarray:
+    """Gemma 4's full attention rotates pairs of a head that are spread over it: a factor stops the others."""
+    head = of_full_attention(config, "head_dim", "global_head_dim") or 512
+    turning = int(head * rope.get("partial_rotary_factor", 0.25) / 2)
+    return np.array([1.0] * turning + [1e30] * (head // 2 - turning), np.float32)
 
 
 def _llama3_factors(config: Mapping[str, Any], rope: Mapping[str, Any]) -> np.ndarray:

@@ -5,7 +5,8 @@ A row is one tensor of the GGUF file. Its shape is written in letters, one for e
     h hidden   f feed-forward   v vocabulary   q, k rows of the query and of the key or value projection   d head
     e experts   m feed-forward of an expert   s of the shared expert   b query, key and value rows in one
     F two times f
-    H two times h   n query heads   g key-value heads   l taps of a convolution   c rows of its input, three times h
+    p of one layer's own embedding, P of all layers, V its tokens   M two times m   H two times h
+    n query heads   g key-value heads   l taps of a convolution   c rows of its input, three times h
 
 Of multi-head latent attention:
 
@@ -28,7 +29,8 @@ class Row(NamedTuple):
     ``when``: empty, always there; a config key, there when it is true; ``!key``, when it is false; ``?``, welcome but
     never missed; ``fused``, with all experts of a layer in one tensor; ``dense``, in the leading layers that have no
     experts; ``sparse``, in those that follow; ``attention`` or ``conv``, in layers of that kind; ``next``, beyond the
-    last. Several words must all hold.
+    last; ``kv``, where a layer does not share another's keys and values; ``values``, where they are not the keys.
+    Several words must all hold.
     ``change``: what happens to the values or rows, see ``convert.Transform``; ``part``: (which, of how many) rows;
     ``source``: the shape in the checkpoint, where ``shape`` does not tell.
     """
@@ -51,7 +53,7 @@ class Family:
     outer: tuple[Row, ...]
     prefix: str = "model.layers."
     dropped: tuple[str, ...] = ()  # how names of tensors begin that are left out
-    rope: str = ""  # which generated tensors of rope factors it may have: llama3, longrope
+    rope: str = ""  # which generated tensors of rope factors it may have: llama3, longrope, proportional
     refused: tuple[str, ...] = ()  # config keys that must not be set (!key: must be): llama.cpp stops there too
     real_rows: bool = False  # the embedding loses its rows beyond the tokenizer's vocabulary
     spare_layers: bool = False  # layers beyond the last (they predict several tokens) are left out
@@ -281,6 +283,33 @@ PHI2_OUTER = (
     Row("lm_head.bias", "output.bias", "v", "!tie_word_embeddings"),
 )
 
+GEMMA4_LAYER = (
+    *FOUR_NORMS,
+    Row("self_attn.q_proj.weight", "attn_q.weight", "qh"),
+    Row("self_attn.q_norm.weight", "attn_q_norm.weight", "d"),
+    Row("self_attn.k_proj.weight", "attn_k.weight", "kh", "kv"),
+    Row("self_attn.k_norm.weight", "attn_k_norm.weight", "d", "kv"),
+    Row("self_attn.v_proj.weight", "attn_v.weight", "kh", "kv values"),
+    Row("self_attn.o_proj.weight", "attn_output.weight", "hq"),
+    *_no_bias(_mlp()),
+    Row("layer_scalar", "layer_output_scale.weight", "1"),
+    Row("per_layer_input_gate.weight", "inp_gate.weight", "ph", "hidden_size_per_layer_input"),
+    Row("per_layer_projection.weight", "proj.weight", "hp", "hidden_size_per_layer_input"),
+    Row("post_per_layer_input_norm.weight", "post_norm.weight", "h", "hidden_size_per_layer_input"),
+    Row("router.proj.weight", "ffn_gate_inp.weight", "eh", "enable_moe_block"),
+    Row("router.scale", "ffn_gate_inp.scale", "h", "enable_moe_block"),
+    Row("router.per_expert_scale", "ffn_down_exps.scale", "e", "enable_moe_block"),
+    Row("experts.gate_up_proj", "ffn_gate_up_exps.weight", "eMh", "enable_moe_block"),
+    Row("experts.down_proj", "ffn_down_exps.weight", "ehm", "enable_moe_block"),
+    Row("pre_feedforward_layernorm_2.weight", "pre_ffw_norm_2.weight", "h", "enable_moe_block"),
+    Row("post_feedforward_layernorm_1.weight", "post_ffw_norm_1.weight", "h", "enable_moe_block"),
+    Row("post_feedforward_layernorm_2.weight", "post_ffw_norm_2.weight", "h", "enable_moe_block"),
+)
+GEMMA4_EMBEDDING = (
+    Row("model.embed_tokens_per_layer.weight", "per_layer_token_embd.weight", "VP", "hidden_size_per_layer_input"),
+    Row("model.per_layer_model_projection.weight", "per_layer_model_proj.weight", "Ph", "hidden_size_per_layer_input"),
+    Row("model.per_layer_projection_norm.weight", "per_layer_proj_norm.weight", "p", "hidden_size_per_layer_input"),
+)
 LLAMA_LAYER = (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias", True), *_mlp("mlp_bias"))
 GEMMA_OUTER = _plus_one(EMBEDDING, NORM)
 GEMMA = {"tie_word_embeddings": True, "head_dim": 256}
@@ -319,6 +348,14 @@ DEEPSEEK2 = Family(
     one_kv_head=True,
 )
 DEEPSEEK3 = replace(DEEPSEEK2, layer=(*DEEPSEEK2.layer, EXPERT_BIAS))
+GEMMA4 = Family(
+    "gemma4",
+    GEMMA4_LAYER,
+    (*OUTER, *GEMMA4_EMBEDDING),
+    rope="proportional",
+    real_rows=True,
+    defaults={"tie_word_embeddings": True, "head_dim": 256, "num_kv_shared_layers": 0},
+)
 OLMO2 = Family("olmo2", (*OLMO_NORMS, *_attention("attention_bias", "attention_bias"), *WIDE_NORMS, *_mlp()), OUTER)
 
 FAMILIES: dict[str, Family] = {
@@ -454,6 +491,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3,
+    "Gemma4ForCausalLM": GEMMA4,
+    "Gemma4ForConditionalGeneration": GEMMA4,
     "Phi3ForCausalLM": Family("phi3", PHI3_LAYER, OUTER, rope="longrope"),
     "PhiMoEForCausalLM": Family(
         "phimoe",

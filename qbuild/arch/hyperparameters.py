@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qbuild.arch.shapes import feed_forward, find, layer_kinds, rotated
+from qbuild.arch.shapes import feed_forward, find, layer_kinds, of_full_attention, rotated
 from qbuild.errors import InputError
 
 __all__ = ["parameters"]
@@ -451,6 +451,33 @@ def _gemma3(config: Values, rope: Values) -> Values:
     return values | {"head_count_kv": config.get("num_key_value_heads", 4)}
 
 
+def _gemma4(config: Values, rope: Values) -> Values:
+    head, heads = config["head_dim"], of_full_attention(config, "num_key_value_heads", "num_global_key_value_heads")
+    full, kinds = of_full_attention(config, "head_dim", "global_head_dim"), config["layer_types"]
+    shared, width = config["num_kv_shared_layers"], config["intermediate_size"]
+    if full is None:
+        raise KeyError("global_head_dim")
+    values = _gemma3(config, rope) | {
+        "shared_kv_layers": shared,
+        "embedding_length_per_layer_input": config.get("hidden_size_per_layer_input") or 0,
+        "sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+        "key_length": full,
+        "value_length": full,
+        "key_length_swa": head,
+        "value_length_swa": head,
+        "expert_feed_forward_length": find(config, "expert_intermediate_size", "moe_intermediate_size"),
+    }
+    if config.get("use_double_wide_mlp"):
+        first = config["num_hidden_layers"] - shared
+        values["feed_forward_length"] = [width * (1 + (i >= first)) for i in range(config["num_hidden_layers"])]
+    if heads is not None:
+        sliding = config["num_key_value_heads"]
+        values["head_count_kv"] = [sliding if kind == "sliding_attention" else heads for kind in kinds]
+    values["rope_dimension_count"] = full
+    values["rope_dimension_count_swa"] = int(head * _part(rope, 1.0))
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _olmo(config: Values, _: Values) -> Values:
     clamp = config.get("clip_qkv")
     return {"layer_norm_eps": 1e-5} | ({} if clamp is None else {"clamp_kqv": clamp})
@@ -555,6 +582,7 @@ EXTRAS: dict[str, Extra] = {
     "qwen3moe": _qwen_moe,
     "deepseek2": _deepseek2,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "olmo": _olmo,
     "olmo2": _olmo2,
     "olmoe": _olmoe,

@@ -17,6 +17,7 @@ __all__ = [
     "feed_forward",
     "find",
     "layer_kinds",
+    "of_full_attention",
     "rotated",
     "settings",
 ]
@@ -67,6 +68,27 @@ def layer_kinds(config: Mapping[str, Any]) -> list[str]:
     return ["conv" if kind == "conv" else "attention" for kind in (*types, *[""] * (count - len(types)))]
 
 
+def of_full_attention(config: Mapping[str, Any], name: str, old: str) -> int | None:
+    """What Gemma 4 says of its layers of full attention: under a key of its own, or layer by layer."""
+    if config.get(old) is not None:
+        return int(config[old])
+    types, layers = config["layer_types"], config.get("per_layer_config") or {}
+    full = (over for i, over in layers.items() if int(i) < len(types) and types[int(i)] == "full_attention")
+    return next((int(over[name]) for over in full if name in over), None)
+
+
+def _layer_sizes(config: Mapping[str, Any], size: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Each layer's letters, where they differ: Gemma 4's heads by kind, and its feed-forward where keys are shared."""
+    head, n = of_full_attention(config, "head_dim", "global_head_dim") or 512, size["n"]
+    heads = of_full_attention(config, "num_key_value_heads", "num_global_key_value_heads")
+    g = heads if heads is not None and config.get("attention_k_eq_v") else size["g"]
+    full = {"d": head, "g": g, "q": n * head, "k": g * head}
+    for i, kind in enumerate(config["layer_types"]):
+        shares = i >= config["num_hidden_layers"] - config["num_kv_shared_layers"]
+        wide = {"f": 2 * size["f"]} if shares and config.get("use_double_wide_mlp") else {}
+        yield {**size, **(full if kind == "full_attention" else {}), **wide}
+
+
 def feed_forward(config: Mapping[str, Any]) -> int:
     """The width of the feed-forward. LFM2 gives one that it takes two thirds of, times a factor, rounded up."""
     width: int | None = find(config, "block_ff_dim", "intermediate_size")
@@ -111,6 +133,7 @@ class Shapes:
             self.dense: int = (0 if self.size["e"] else self.last) if dense is None else dense
             self.layers = self.last + (config.get("num_nextn_predict_layers", 0) if rules.next_layers else 0)
             self.kinds = layer_kinds(config)
+            self.by_layer = [*_layer_sizes(config, self.size)] if "num_kv_shared_layers" in config else []
         except KeyError as error:
             raise InputError(place, f"config.json has no {error.args[0]}", "fetch config.json again") from None
 
@@ -124,18 +147,22 @@ class Shapes:
         size |= {"m": m, "s": find(config, *SHARED) or m * (find(config, *SHARED_COUNT) or 0) or ff}
         if "kv_lora_rank" in config:
             size |= _latent_sizes(config)
+        p = config.get("hidden_size_per_layer_input", 0)
+        size |= {"p": p, "P": p * config["num_hidden_layers"], "M": 2 * m}
+        size |= {"V": config.get("vocab_size_per_layer_input", size["v"])}
         size |= {"l": config.get("conv_L_cache", 0), "c": 3 * hidden, "H": 2 * hidden}
         return size | {"b": size["q"] + 2 * size["k"], "F": 2 * ff}
 
-    def of(self, row: Row) -> tuple[int, ...]:
-        """The shape of a row's tensor in the GGUF file."""
-        return tuple(self.size[letter] for letter in row.shape)
+    def of(self, row: Row, layer: int) -> tuple[int, ...]:
+        """The shape of a row's tensor in the GGUF file; ``layer`` as for ``names``."""
+        size = self.by_layer[layer] if self.by_layer and layer >= 0 else self.size
+        return tuple(size[letter] for letter in row.shape)
 
-    def source(self, row: Row) -> tuple[int, ...]:
+    def source(self, row: Row, layer: int) -> tuple[int, ...]:
         """The shape of the tensor (of each, where several are stacked) in the checkpoint."""
         if row.source:
             return tuple(self.size[letter] for letter in row.source)
-        shape = list(self.of(row))
+        shape = list(self.of(row, layer))
         if len(shape) > 1:
             shape[-2] *= row.part[1]
         return tuple(shape[1:] if "*" in row.hf else shape)
@@ -153,6 +180,10 @@ class Shapes:
             return self.kinds[layer] == word
         if word == "next":
             return layer >= self.last
+        if word == "kv":
+            return layer < self.last - int(self.config["num_kv_shared_layers"])
+        if word == "values":
+            return not (self.config.get("attention_k_eq_v") and self.config["layer_types"][layer] == "full_attention")
         if word in ("fused", "?"):
             return word == "fused" and self.fused
         return not self.config.get(word[1:]) if word.startswith("!") else bool(self.config.get(word))
@@ -177,5 +208,5 @@ def every(shapes: Shapes) -> list[tuple[str, tuple[int, ...]]]:
     for layer, rows in ((-1, shapes.rules.outer), *((i, shapes.rules.layer) for i in range(shapes.layers))):
         for row in rows:
             if shapes.expects(row, layer):
-                found |= dict.fromkeys(shapes.names(row, layer), shapes.source(row))
+                found |= dict.fromkeys(shapes.names(row, layer), shapes.source(row, layer))
     return sorted(found.items())

@@ -124,6 +124,26 @@ def _gemma3(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return (_gemma2 if (folder / "tokenizer.model").is_file() else _bpe_only)(folder, config)
 
 
+VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+
+
+def _gemma4(folder: Path, _: dict[str, Any]) -> dict[str, Any]:
+    """What a chat parser has to see is no control token."""
+    tokens = llama_hf(folder)
+    types = [USER_DEFINED if text in VISIBLE else kind for text, kind in zip(tokens.texts, tokens.types, strict=True)]
+    values = {
+        "tokenizer_model": "gemma4",
+        "token_list": tokens.texts,
+        "token_scores": tokens.scores,
+        "token_types": types,
+        "token_merges": merges(folder) or None,
+        **Special(folder, None).written(),
+        "add_space_prefix": False,
+        "add_bos_token": True,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _phi3(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """As SentencePiece, but added tokens are taken as they are, and those of tokenizer.json as well."""
     settings = read_json(folder / "tokenizer_config.json") or {}
@@ -196,6 +216,7 @@ TOKENIZERS: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "phi3": _phi3,
     "phimoe": _phi3,
 }

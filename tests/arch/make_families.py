@@ -50,6 +50,14 @@ LATENT = {
     "num_hidden_layers": 3, "n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2,
     "moe_intermediate_size": 64, "moe_layer_freq": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
+GEMMA4 = {
+    "num_hidden_layers": 4, "tie_word_embeddings": True, "sliding_window": 512, "rope_theta": None,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+    },
+}  # fmt: skip
 GRANITE4 = {
     "layer_types": ["attention"] * 2, "shared_intermediate_size": 96, "attention_multiplier": 0.015625,
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0, "mamba_n_heads": 4,
@@ -275,6 +283,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "multi_modal_projector.a.weight": (8, 64),
         },
     },
+    "gemma4": family(
+        "Gemma4ForCausalLM", "gemma4_text", **GEMMA4, attention_k_eq_v=True, global_head_dim=64, head_dim=32,
+        num_global_key_value_heads=1, hidden_size_per_layer_input=0, _without=("tokenizer.model",),
+    ),
+    "gemma4-shared-keys": {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "text_config": {
+            **BASE, **GEMMA4, "model_type": "gemma4_text", "hidden_size_per_layer_input": 32, "head_dim": 32,
+            "global_head_dim": 64, "vocab_size_per_layer_input": 2048, "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True, "tie_word_embeddings": True,
+        },
+        "vision_config": {"hidden_size": 64, "model_type": "gemma4_vision"},
+        "_without": ("tokenizer.model",),
+        "_infix": "language_model.",
+        "_extra": {"model.embed_vision.embedding_projection.weight": (8, 64)},
+    },
+    "gemma4-moe": family(
+        "Gemma4ForCausalLM", "gemma4_text", **GEMMA4, head_dim=32, global_head_dim=64, hidden_size_per_layer_input=0,
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=96, final_logit_softcapping=30.0,
+        _without=("tokenizer.model",),
+    ),
     "phi3": family("Phi3ForCausalLM", "phi3", original_max_position_embeddings=2048, sliding_window=1024),
     "phi3-longrope": family(
         "Phi3ForCausalLM", "phi3", original_max_position_embeddings=2048, max_position_embeddings=8192,

@@ -39,6 +39,15 @@ LATENT = {
     "n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
     "scoring_func": "softmax",
 }  # fmt: skip
+GEMMA4 = {
+    "num_hidden_layers": 24, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 4, "head_dim": 64,
+    "global_head_dim": 128, "vocab_size_per_layer_input": 640, "tie_word_embeddings": True, "rope_theta": None,
+    "attn_logit_softcapping": None, "partial_rotary_factor": None, "original_max_position_embeddings": None,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+    },
+}  # fmt: skip
 LFM2 = {"norm_eps": 1e-5, "block_auto_adjust_ff_dim": False, "conv_L_cache": 3, "tie_word_embeddings": True}
 # Names that exist in some architecture or other; llama-quantize goes by name alone.
 NAMES = (
@@ -127,6 +136,26 @@ MODELS: dict[str, dict[str, Any]] = {
     "phimoe": config("PhiMoEForCausalLM", "phimoe", num_local_experts=16, num_experts_per_tok=2, attention_bias=True),
     "command-r": config("CohereForCausalLM", "cohere", logit_scale=0.0625),
     "mistral3": config("Ministral3ForCausalLM", "ministral3", num_key_value_heads=2),
+    "gemma4": config(
+        "Gemma4ForCausalLM",
+        "gemma4_text",
+        **GEMMA4,
+        hidden_size_per_layer_input=256,
+        num_kv_shared_layers=10,
+        use_double_wide_mlp=True,
+        num_key_value_heads=1,
+    ),
+    "gemma4-moe": config(
+        "Gemma4ForCausalLM",
+        "gemma4_text",
+        **GEMMA4,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        enable_moe_block=True,
+        num_experts=8,
+        top_k_experts=2,
+    ),
     "qwen2vl": config(
         "Qwen2VLForConditionalGeneration",
         "qwen2_vl_text",
