@@ -26,6 +26,8 @@ def quantize(request: dict[str, Any]) -> None:
 
 
 def tidy(out: Path) -> None:
+    """What differs from run to run goes: the same request should make the same bytes."""
+    (out / "quant_log.csv").unlink(missing_ok=True)  # losses and times
     for name in ("config.json", "quantize_config.json"):
         document = json.loads((out / name).read_text())
         quantization = document.get("quantization_config", document)
