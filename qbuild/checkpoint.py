@@ -35,7 +35,7 @@ MAX_DIMENSIONS = 8
 AUX = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "tekken.json", "modules.json", "README.md",
+    "chat_template.json", "tekken.json", "modules.json", "1_Pooling/config.json", "README.md",
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates/*.jinja"
 INDEX = "model.safetensors.index.json"

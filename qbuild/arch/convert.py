@@ -137,9 +137,10 @@ class _Converter:
         self.rules = family(checkpoint.config, self.place)
         self.config = settings(checkpoint.config, self.rules)
         self.shapes = Shapes(self.config, self.rules, self.place)
-        self.tensors = {
-            name: tensor for tensor in checkpoint.tensors.values() if (name := _text_name(tensor.name, self.rules))
-        }
+        self.shapes.headless = self.rules.pools and "embed_tokens.weight" in checkpoint.tensors
+        above = "model." if self.shapes.headless else ""
+        named = ((_text_name(above + tensor.name, self.rules), tensor) for tensor in checkpoint.tensors.values())
+        self.tensors = {name: tensor for name, tensor in named if name}
         self.shapes.fused = any(name.endswith("mlp.experts.down_proj") for name in self.tensors)
         self.matrix = _matrix_type(self.tensors.values(), outtype)
         self.waiting: dict[str, int] = {}  # a layer's stacks -> how many of their tensors were seen

@@ -61,6 +61,7 @@ class Family:
     kinds: tuple[str, ...] = ()  # what layer_types may say, where it decides what a layer is made of
     bare: bool = False  # the converter reads config.json itself, without transformers' defaults
     without_experts: Family | None = None  # what it is when num_experts_per_tok is zero
+    pools: bool = False  # may be an embedding model: names without "model.", no head, pooling that modules.json tells
     one_kv_head: bool = False  # as llama.cpp counts them: latent attention has one for all
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -459,8 +460,8 @@ FAMILIES: dict[str, Family] = {
         _plus_one(*LAYER_NORMS, *_attention("attention_bias", "attention_bias"), *NO_GATE),
         (*_plus_one(NORM), EMBEDDING, NORM_BIAS, HEAD),
     ),
-    "Qwen2ForCausalLM": Family("qwen2", QWEN2_LAYER, OUTER),
-    "Qwen3ForCausalLM": Family("qwen3", (*QWEN3_LAYER, *_mlp()), OUTER),
+    "Qwen2ForCausalLM": Family("qwen2", QWEN2_LAYER, OUTER, pools=True),
+    "Qwen3ForCausalLM": Family("qwen3", (*QWEN3_LAYER, *_mlp()), OUTER, pools=True),
     "Qwen2VLForConditionalGeneration": QWEN2VL,
     "Qwen2_5_VLForConditionalGeneration": QWEN2VL,
     "Qwen3VLForConditionalGeneration": Family("qwen3vl", (*QWEN3_LAYER, *_mlp()), OUTER),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qbuild.arch.shapes import feed_forward, find, layer_kinds, of_full_attention, rotated
+from qbuild.arch.vocab import read_json
 from qbuild.errors import InputError
 
 __all__ = ["parameters"]
@@ -124,6 +125,7 @@ def parameters(arch: str, config: Values, folder: Path) -> tuple[Values, Values]
         values |= EXTRAS[arch](config, rope)
     if arch in ("qwen2", "qwen3", "arcee"):
         _refuse_other_uses(arch, config, folder)
+        values |= _pooling(folder)
     return {}, values
 
 
@@ -598,12 +600,32 @@ DERIVED: dict[str, Extra] = {
 }
 
 
+POOLING = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
+
+
+def _pooling(folder: Path) -> Values:
+    """How an embedding model makes one vector of a text's, as sentence-transformers keeps it."""
+    import gguf
+
+    modules = read_json(folder / "modules.json") or []
+    where = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
+    if where is None:
+        return {}
+    if where != "1_Pooling" or (found := read_json(folder / where / "config.json")) is None:
+        raise InputError(str(folder), f"modules.json names {where}, which is not there", "fetch 1_Pooling/config.json")
+    keys = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
+    mode = next((mode for key, mode in keys.items() if found.get(key)), found.get("pooling_mode"))
+    if mode not in POOLING:
+        raise InputError(str(folder), f"pooling {mode!r} is not supported", "llama.cpp's converter stops too")
+    return {"pooling_type": gguf.PoolingType[POOLING[mode]]}
+
+
 def _refuse_other_uses(arch: str, config: Values, folder: Path) -> None:
-    """Embedding models and rerankers of these families get other metadata, and other tensors."""
+    """Rerankers of this family get other metadata, and other tensors."""
     readme = folder / "README.md"
     hints = [folder.name, config.get("_name_or_path", ""), *(config.get("architectures") or [])]
     text = readme.read_text(encoding="utf-8").lower() if readme.is_file() else ""
     reranks = "# qwen3-reranker" in text or any("qwen3-reranker" in str(hint).lower() for hint in hints)
-    if (folder / "modules.json").is_file() or (arch == "qwen3" and reranks):
-        fact = "an embedding or reranking model, which qbuild does not convert yet"
+    if arch == "qwen3" and reranks:
+        fact = "a reranking model, which qbuild does not convert yet"
         raise InputError(str(folder), fact, "convert it with llama.cpp, then model.source=FILE.gguf")

@@ -116,7 +116,8 @@ class Shapes:
     """Letters of the families' rows as numbers, and which rows a layer has."""
 
     def __init__(self, config: Mapping[str, Any], rules: Family, place: str) -> None:
-        self.config, self.rules, self.fused = config, rules, False
+        self.config, self.rules = config, rules
+        self.fused = self.headless = False  # what the checkpoint shows, not the configuration
         for name in rules.refused:
             key, wanted = name.removeprefix("!"), name.startswith("!")
             if bool(config.get(key)) != wanted:
@@ -169,7 +170,7 @@ class Shapes:
 
     def expects(self, row: Row, layer: int) -> bool:
         """Whether a checkpoint of this configuration must have the row; ``layer`` as for ``names``."""
-        if "*" in row.hf and self.fused:
+        if ("*" in row.hf and self.fused) or (row.gguf == "output.weight" and self.headless):
             return False
         return all(self._holds(word, layer) for word in row.when.split())
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from qbuild import fastpath, schema
 from qbuild.actions.tokens import BUILTIN
-from qbuild.checkpoint import TEMPLATES
+from qbuild.checkpoint import AUX, TEMPLATES
 from qbuild.recipe import AUTO, calibrates
 
 __all__ = ["as_null", "inputs", "outputs"]
@@ -39,7 +39,8 @@ def _source(source: str) -> list[Path] | None:
         return [Path(roots[0]) / inside] if roots else None
     path = Path(source).expanduser()
     if path.is_dir():
-        return [path, *sorted(path.iterdir()), *sorted(path.glob(TEMPLATES))]
+        below = [path / name for name in AUX if "/" in name and (path / name).is_file()]
+        return [path, *sorted(path.iterdir()), *below, *sorted(path.glob(TEMPLATES))]
     if not path.is_file():
         return None
     split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)

@@ -58,6 +58,10 @@ GEMMA4 = {
         "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
     },
 }  # fmt: skip
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
 GRANITE4 = {
     "layer_types": ["attention"] * 2, "shared_intermediate_size": 96, "attention_multiplier": 0.015625,
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0, "mamba_n_heads": 4,
@@ -244,6 +248,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         moe_intermediate_size=64, first_k_dense_replace=1, routed_scaling_factor=2.5, norm_topk_prob=True,
         scoring_func="sigmoid", num_hidden_layers=3,
     ),
+    "qwen2-embedding": bpe(
+        "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, _headless=True,
+        _files={"modules.json": MODULES, "1_Pooling/config.json": {"pooling_mode": "mean"}},
+    ),
+    "qwen3-embedding": bpe(
+        "Qwen3ForCausalLM", "qwen3", head_dim=32, _headless=True,
+        _files={"modules.json": MODULES, "1_Pooling/config.json": {"pooling_mode_lasttoken": True}},
+    ),
     "qwen3": bpe("Qwen3ForCausalLM", "qwen3", head_dim=64, tie_word_embeddings=True),
     "qwen2moe": bpe("Qwen2MoeForCausalLM", "qwen2_moe", **MOE, shared_expert_intermediate_size=128),
     "qwen3moe": bpe("Qwen3MoeForCausalLM", "qwen3_moe", **MOE, head_dim=32),
@@ -340,6 +352,8 @@ def shapes(name: str) -> list[tuple[str, tuple[int, ...]]]:
     found: Iterable[tuple[str, tuple[int, ...]]] = expected_tensors(config)
     if over.get("_fused"):
         found = fused(dict(found), config)
+    if over.get("_headless"):
+        return sorted((tensor.removeprefix("model."), shape) for tensor, shape in found if tensor != "lm_head.weight")
     infix = "model." + over.get("_infix", "")
     named = [(over.get("_prefix", "") + tensor.replace("model.", infix, 1), shape) for tensor, shape in found]
     return sorted([*named, *over.get("_extra", {}).items()])
@@ -364,6 +378,9 @@ def write(name: str, root: Path) -> Path:
     for path in over.get("_tokenizer", SENTENCEPIECE).glob("*token*"):
         if path.name not in over.get("_without", ()):
             shutil.copy(path, folder)
+    for path, content in over.get("_files", {}).items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(json.dumps(content))
     if "_tokens" in over:
         add_tokens(folder / "tokenizer.json", over["_tokens"])
     rng = np.random.default_rng(sum(name.encode()))
