@@ -134,6 +134,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nemotron": family(
         "NemotronForCausalLM", "nemotron", norm_eps=1e-5, partial_rotary_factor=0.5, head_dim=64, hidden_act="relu2"
     ),
+    "nemotron-linear-rope": family(
+        "NemotronForCausalLM", "nemotron", norm_eps=1e-5, partial_rotary_factor=0.5, head_dim=64, hidden_act="relu2",
+        rope_scaling={"rope_type": "linear", "factor": 2.0}, tie_word_embeddings=True,
+    ),
+    "arcee-pooled": bpe(
+        "ArceeForCausalLM", "arcee", head_dim=32, hidden_act="relu2", rope_scaling=YARN | {"factor": 20.0},
+        _files={"modules.json": MODULES, "1_Pooling/config.json": {"pooling_mode_cls_token": True}},
+    ),
     "phi2": bpe(
         "PhiForCausalLM", "phi", layer_norm_eps=1e-5, partial_rotary_factor=0.4, num_key_value_heads=4,
         hidden_act="gelu_new",
