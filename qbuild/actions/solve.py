@@ -12,7 +12,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "quant.layer"
-SALT = 1
+SALT = 2
 VERSIONS = ("torch",)
 
 

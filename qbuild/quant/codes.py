@@ -16,7 +16,7 @@ __all__ = ["Codes", "Solved"]
 class Codes:
     """w[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g] with g = ``groups_of[i]``, or i // group_size without it.
 
-    ``codes`` uint8 [out, in], below 2**bits; ``scales`` float16 [out, groups], positive; ``zeros`` uint8 [out, groups].
+    ``codes`` uint8 [out, in], below 2**bits; ``scales`` float16 [out, groups], not 0; ``zeros`` uint8 [out, groups].
     """
 
     codes: torch.Tensor

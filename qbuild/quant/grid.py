@@ -10,7 +10,8 @@ import torch
 __all__ = ["Grid", "clipped", "ends", "fit", "nearest", "quantize"]
 
 TINY = 2.0**-24  # the least positive float16
-STEPS, NARROWEST = 40, 0.8  # tried ranges, and how much narrower they get
+STEPS, WIDEST, NARROWEST = 16, 1.07, 0.4  # tried ranges, as shares of the whole one
+CACHED = 1 << 18  # weights
 CLIPS, CLIP_STEP = 10, 0.05
 
 
@@ -63,22 +64,43 @@ def nearest(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     return quantize(grouped, scale[..., None], zero[..., None], grid.top)[1].view_as(weight)
 
 
-def fit(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def fit(weight: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros, float32 [out, groups]: of ever narrower ranges the one with the least weighted squared error.
 
-    ``importance`` [in] is the diagonal of the Gram matrix: what an error in a column costs, were it alone.
+    ``cost`` [in]: what an error in a column costs. A symmetric grid has one value more on one side; a negative scale
+    turns it to the side where it serves. With a zero point, its neighbours are tried too.
     """
-    grouped, cost = grid.grouped(weight), grid.grouped(importance[None])
+    parts = [_fit(grid.grouped(rows), grid.grouped(cost[None]), grid) for rows in weight.split(_rows(weight.shape[1]))]
+    scales, zeros = zip(*parts, strict=True)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def _rows(columns: int) -> int:
+    """So many rows stay in a processor's cache while they are tried again and again."""
+    return max(1, CACHED // columns)
+
+
+def _fit(grouped: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     high, low = ends(grouped, grid)
     best = torch.full_like(high, float("inf"))
     scales, zeros = torch.empty_like(high), torch.empty_like(high)
-    for step in range(STEPS):
-        scale, zero = grid.at(high, low, 1 - NARROWEST * step / STEPS)
+
+    def attempt(scale: torch.Tensor, zero: torch.Tensor) -> None:
         values = quantize(grouped, scale[..., None], zero[..., None], grid.top)[1]
         error = values.sub_(grouped).square_().mul_(cost).sum(-1)
         better = error < best
-        best = torch.where(better, error, best)
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+        for kept, tried in ((best, error), (scales, scale), (zeros, zero)):
+            torch.where(better, tried, kept, out=kept)
+
+    for step in range(STEPS):
+        scale, zero = grid.at(high, low, WIDEST - (WIDEST - NARROWEST) * step / (STEPS - 1))
+        attempt(scale, zero)
+        if grid.symmetric:
+            attempt(-scale, zero)
+    if not grid.symmetric:
+        found = scales.clone(), zeros.clone()
+        for step in (-1, 1):
+            attempt(found[0], (found[1] + step).clamp(0, grid.top))
     return scales, zeros
 
 
