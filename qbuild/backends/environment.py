@@ -147,7 +147,8 @@ def _install(wanted: Environment, pip: Sequence[str]) -> None:
 def _run(wanted: Environment, command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables(wanted.backend))
     if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        said = [line for line in said if "rror" in line] or said
         remedy = "check the network, or give backend.pip the options of pip that find packages without one"
         raise ActionFailed(f"backend {wanted.backend}", "\n  ".join(["cannot be installed:", *said[-4:]]), remedy)
 

@@ -5,7 +5,7 @@
     pip download --no-deps --require-hashes -r REQUIREMENTS.txt -d FILES
     python tests/reference/make_lock.py autoawq REPORT.json --python 3.11 --files FILES
 
-The requirements asked for were: autoawq==0.2.9 torch==2.6.0 transformers==4.51.3 (the versions it was last tested with);
+The requirements asked for were: autoawq==0.2.9 torch==2.6.0 transformers==4.51.3 setuptools (the versions it was last tested with);
 auto-gptq==0.7.1 torch==2.2.2 transformers==4.40.2 "numpy<2" optimum==1.20.0; gptqmodel==7.7.0 (with GPTQMODEL_BUILD=0 and
 --no-build-isolation). The packages asked for come first.
 """
