@@ -73,7 +73,11 @@ def dump(
     for name, (sums, counts) in sorted(entries.items()):
         if sums.ndim != 2 or counts.shape != sums.shape[:1]:
             raise ValueError(f"BUG: {name} has sums {sums.shape} and counts {counts.shape}")
-        tensors += [(name + SUMS, sums), (name + COUNTS, counts.reshape(-1, 1))]
+        alone = len(counts) == 1  # ggml does not count outer dimensions of one
+        tensors += [
+            (name + SUMS, sums.reshape(-1) if alone else sums),
+            (name + COUNTS, counts if alone else counts.reshape(-1, 1)),
+        ]
     kvs = [
         encode_kv("general.type", "imatrix", GGUFType.STRING),
         encode_kv("imatrix.datasets", list(datasets), GGUFType.ARRAY, GGUFType.STRING),
