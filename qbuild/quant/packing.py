@@ -27,6 +27,8 @@ def pack(scheme: Scheme, linear: str, codes: Codes) -> dict[str, Tensor]:
     """The tensors of ``shapes.packed``, in its order; ActionFailed where a scale leaves the range of its dtype."""
     if scheme.symmetric and not (codes.zeros == 1 << scheme.bits - 1).all():
         raise ValueError(f"BUG: {linear}: symmetric codes with another zero point than the middle")
+    if (codes.groups_of is not None) != scheme.indexed:
+        raise ValueError(f"BUG: {linear}: an index of groups where the layout has none, or none where it has one")
     if scheme.layout == "pack-quantized":
         return _pack_compressed_tensors(scheme, linear, codes)
     if scheme.layout == "awq-gemm":

@@ -229,6 +229,8 @@ def scheme_of(config: Mapping[str, Any], dtype: str, place: str) -> Scheme:
         if method == "compressed-tensors" and config.get("format") == "pack-quantized":
             (group,) = config["config_groups"].values()
             weights = group["weights"]
+            if weights.get("actorder") in ("group", "dynamic"):  # deprecated there; columns have an index of groups
+                raise ValueError
             return Scheme(
                 "pack-quantized",
                 weights["num_bits"],

@@ -118,6 +118,12 @@ def test_columns_in_groups_out_of_order_keep_their_index() -> None:
     assert same(unpack(scheme, "m", stored, 32, 64), shuffled)
 
 
+def test_an_index_that_the_config_does_not_tell_of_is_a_bug() -> None:
+    codes = replace(random_codes(32, 64, 4, 32, True), groups_of=torch.zeros(64, dtype=torch.int32))
+    with pytest.raises(ValueError, match="BUG"):
+        pack(Scheme("gptq", 4, 32, True), "m", codes)
+
+
 def test_rows_that_fill_no_whole_word_are_held_by_compressed_tensors() -> None:
     codes = random_codes(20, 64, 4, 32, False)
     scheme = Scheme("pack-quantized", 4, 32, False)

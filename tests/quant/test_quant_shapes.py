@@ -128,6 +128,12 @@ def test_a_scheme_is_told_by_its_config(scheme: Scheme) -> None:
     assert scheme_of(quantization_config(scheme, []), scheme.dtype, "m") == scheme
 
 
+def grouped_by_index() -> dict[str, Any]:
+    config = quantization_config(Scheme("pack-quantized", 4, 64, True), [])
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    return config
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -136,6 +142,7 @@ def test_a_scheme_is_told_by_its_config(scheme: Scheme) -> None:
         ({"quant_method": "gptq", "bits": 4}, "not complete"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "not complete"),
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes'"),
+        (grouped_by_index(), "not complete"),
     ],
 )
 def test_other_configs_are_refused(config: dict[str, Any], said: str) -> None:
