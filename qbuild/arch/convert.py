@@ -107,7 +107,7 @@ def _text_name(name: str, rules: Family) -> str | None:
     """A tensor's name as a text model has it, or None for what does not belong to the text model."""
     if name.endswith(BUFFERS) or name.startswith(OTHER_STARTS) or any(part in name for part in OTHER_PARTS):
         return None
-    name = name.replace("language_model.", "")
+    name = name.replace("language_model.", "").replace("text_model.", "")
     return None if name.startswith(rules.dropped) else name
 
 

@@ -362,6 +362,7 @@ OLMO2 = Family("olmo2", (*OLMO_NORMS, *_attention("attention_bias", "attention_b
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
+    "VLlama3ForCausalLM": replace(LLAMA, defaults={"num_attention_heads": 32}),
     "Mistral3ForConditionalGeneration": MISTRAL3,
     "Ministral3ForCausalLM": MISTRAL3,
     "MixtralForCausalLM": Family("llama", (*LLAMA_NORMS, *_attention("?", "?", True), *MIXTRAL_EXPERTS), OUTER),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qbuild.arch import convert, hyperparameters, vocab
-from qbuild.arch.shapes import family
+from qbuild.arch.shapes import family, text_part
 from qbuild.checkpoint import Checkpoint
 from qbuild.errors import InputError
 from qbuild.gguffile import KV, GGUFType, encode_kv
@@ -76,7 +76,7 @@ def load_config(folder: Path, *, bare: bool = False) -> dict[str, Any]:
 
         with suppress(Exception):  # whatever it is, the converter goes on with the bare file
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    return {**config, **config.get("text_config", {})}
+    return {**config, **text_part(config)}
 
 
 def _general(writer: Any, checkpoint: Checkpoint, folder: Path, name: str | None) -> None:

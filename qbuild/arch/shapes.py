@@ -20,12 +20,18 @@ __all__ = [
     "of_full_attention",
     "rotated",
     "settings",
+    "text_part",
 ]
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that describes the language model, where the model does more."""
+    return config.get("text_config") or config.get("llm_config") or {}
 
 
 def family(config: Mapping[str, Any], place: str) -> Family:
     """The row for a configuration's architecture. Unknown: InputError that names the nearest."""
-    names = config.get("architectures") or []
+    names = text_part(config).get("architectures") or config.get("architectures") or []
     for name in names:
         if name in FAMILIES:
             found = FAMILIES[name]
@@ -40,7 +46,7 @@ def family(config: Mapping[str, Any], place: str) -> Family:
 
 def settings(config: Mapping[str, Any], rules: Family) -> dict[str, Any]:
     """A config.json with its text part at the root and the defaults it leaves out; null counts as left out."""
-    merged = {**config, **config.get("text_config", {})}
+    merged = {**config, **text_part(config)}
     return {**rules.defaults, **{k: v for k, v in merged.items() if v is not None}}
 
 

@@ -147,6 +147,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
         hidden_act="gelu_new",
     ),
     "qwen2": bpe("Qwen2ForCausalLM", "qwen2", use_sliding_window=False, sliding_window=4096, max_window_layers=2),
+    "llava": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": {**BASE, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        "vision_config": {"hidden_size": 64, "model_type": "clip_vision_model"},
+        "_prefix": "language_model.",
+        "_extra": {"vision_tower.vision_model.encoder.a.weight": (8, 64), "multi_modal_projector.a.weight": (8, 64)},
+    },
+    "smolvlm": {
+        "architectures": ["SmolVLMForConditionalGeneration"],
+        "model_type": "smolvlm",
+        "text_config": {
+            **BASE, **NARROW, "architectures": ["VLlama3ForCausalLM"], "model_type": "llama",
+            "num_attention_heads": 32, "num_key_value_heads": 8,
+        },
+        "vision_config": {"hidden_size": 64, "model_type": "smolvlm_vision"},
+        "_tokenizer": BPE,
+        "_infix": "text_model.",
+        "_extra": {"model.vision_model.a.weight": (8, 64), "model.connector.modality_projection.proj.weight": (8, 64)},
+    },
+    "internvl": {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "llm_config": {**BASE, **NARROW, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+        "vision_config": {"hidden_size": 64, "model_type": "intern_vit_6b"},
+        "_tokenizer": BPE,
+        "_prefix": "language_model.",
+        "_extra": {"vision_model.a.weight": (8, 64), "mlp1.0.weight": (64,)},
+    },
     "mistral": family("MistralForCausalLM", "mistral", head_dim=32, sliding_window=1024),
     "qwen2.5vl": {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -350,7 +379,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def configuration(name: str) -> dict[str, Any]:
     over = VARIANTS[name]
-    base = {} if "text_config" in over else BASE
+    base = {} if {"text_config", "llm_config"} & over.keys() else BASE
     return {k: v for k, v in (base | over).items() if v is not None and not k.startswith("_")}
 
 
