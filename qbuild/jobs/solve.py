@@ -47,17 +47,19 @@ def _solve(item: Item, task: Task, prefix: str, read: Tensors, statistics: Stati
     tensors = {name: read(name).to(device) for name in item.tensors}
     held: dict[str, Seen] = {}
 
-    def seen(linear: str) -> Seen:
+    def seen(linear: str) -> Seen | None:
         """By input: linears that share one share its tensors."""
+        if linear in statistics.unreached:
+            return None
         found = statistics.of(linear)
         if found.name not in held:
             if found.gram is None:
                 raise RuntimeError(f"BUG: the statistics of {linear} hold no Gram matrix")
             values = torch.from_numpy(found.gram).to(device), torch.from_numpy(found.mean_abs).to(device)
-            held[found.name] = Seen(*values)
+            held[found.name] = Seen(*values, found.count)
         return held[found.name]
 
-    found = [g for g in groups(task.checkpoint.config, prefix, tensors) if set(g.linears) <= set(wanted.linears)]
+    found = groups(task.checkpoint.config, prefix, tensors, wanted.linears)
     grid = Grid(wanted.bits, wanted.group_size, wanted.symmetric)
     params = Params(grid, wanted.scaled, wanted.rounding, wanted.order, wanted.damping)
     solved: Solved = solve(tensors, seen, found, params)

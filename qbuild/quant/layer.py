@@ -15,7 +15,7 @@ from qbuild.quant.codes import Codes, Solved
 from qbuild.quant.families import Group
 from qbuild.quant.gptq import gptq
 from qbuild.quant.grid import Grid, clipped, ends, quantize
-from qbuild.quant.scaling import Seen, search, undo
+from qbuild.quant.scaling import Seen, fold, search
 
 __all__ = ["Params", "solve"]
 
@@ -37,40 +37,44 @@ class Params:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not looked into
 def solve(
-    tensors: Mapping[str, torch.Tensor], seen: Callable[[str], Seen], groups: Sequence[Group], params: Params
+    tensors: Mapping[str, torch.Tensor], seen: Callable[[str], Seen | None], groups: Sequence[Group], params: Params
 ) -> Solved:
     """Quantize the linears of ``groups``. ``tensors``: the layer's weights and biases by checkpoint name, any float
-    dtype; ``seen`` gives what is known of a linear's input. What scaling changed besides comes back in its dtype.
+    dtype; ``seen`` gives what is known of a linear's input, None of an expert that no token reached. What scaling
+    changed besides comes back in its dtype.
     """
     work = {name: tensor.float() for name, tensor in tensors.items()}
-    scales = _scaled(work, seen, groups, params.grid) if params.scaled else {}
+    scales = _scaled(work, seen, groups, params.grid, tensors) if params.scaled else {}
     codes: dict[str, Codes] = {}
     for name in (name for group in groups for name in group.linears):
-        gram = seen(name).gram
+        weight, known = work[f"{name}.weight"], seen(name)
+        gram = torch.eye(weight.shape[1], device=weight.device) if known is None else known.gram
         if name in scales:
             gram = gram / scales[name][:, None] / scales[name]
-        codes[name] = _rounded(work[f"{name}.weight"], gram, name, params)
+        codes[name] = _rounded(weight, gram, name, params)
     plain = sorted(name for name in tensors if name.removesuffix(".weight") not in codes)
     changed = [name for name in plain if not torch.equal(work[name], tensors[name].float())]
     return Solved(codes, {name: work[name].to(tensors[name].dtype) for name in changed})
 
 
 def _scaled(
-    work: dict[str, torch.Tensor], seen: Callable[[str], Seen], groups: Sequence[Group], grid: Grid
+    work: dict[str, torch.Tensor],
+    seen: Callable[[str], Seen | None],
+    groups: Sequence[Group],
+    grid: Grid,
+    tensors: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Scale weights in ``work``; returns the scale of each linear's columns that has one."""
     scales: dict[str, torch.Tensor] = {}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     for group in groups:
-        if group.producer is None:
+        known = [(work[f"{name}.weight"], found) for name in group.linears if (found := seen(name)) is not None]
+        if group.producer is None or not known:
             continue
-        weights = [work[f"{name}.weight"] for name in group.linears]
-        scale = search(weights, seen(group.linears[0]), group, grid)
-        if scale is None:
-            continue
-        for name in group.linears:
-            work[f"{name}.weight"] = work[f"{name}.weight"] * scale
-            scales[name] = scale
-        undo(work, group, scale)
+        weights, inputs = zip(*known, strict=True)
+        scale = search(weights, inputs, group, grid)
+        if scale is not None:
+            scales |= dict.fromkeys(group.linears, fold(work, group, scale, dtypes))
     return scales
 
 

@@ -7,7 +7,7 @@ tr((W-Ŵ) G (W-Ŵ)ᵀ) with the Gram matrix G = XᵀX: the same number as over t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from qbuild.quant.families import Group
 from qbuild.quant.grid import Grid, nearest
 
-__all__ = ["Seen", "gram_loss", "search", "undo"]
+__all__ = ["Seen", "fold", "gram_loss", "search"]
 
 EXPONENTS = 20  # tried powers of the mean magnitude: 0, 0.05, …
 LEAST = 1e-4
@@ -23,10 +23,12 @@ LEAST = 1e-4
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of an input: ``gram`` float32 [in, in] over all tokens, ``magnitudes`` float32 [in], mean |x|."""
+    """What is known of an input: ``gram`` float32 [in, in] over all tokens, ``magnitudes`` float32 [in], mean |x|, and
+    how many tokens there were."""
 
     gram: torch.Tensor
     magnitudes: torch.Tensor
+    count: int
 
 
 def gram_loss(difference: torch.Tensor, gram: torch.Tensor) -> float:
@@ -34,16 +36,24 @@ def gram_loss(difference: torch.Tensor, gram: torch.Tensor) -> float:
     return float(((difference @ gram) * difference).sum())
 
 
-def search(weights: Sequence[torch.Tensor], seen: Seen, group: Group, grid: Grid) -> torch.Tensor | None:
-    """The scale [in] with the least loss over all linears of a group; None where no scale helps."""
-    magnitudes = _shared(seen.magnitudes, group)
-    best, found = sum(gram_loss(w - nearest(w, grid), seen.gram) for w in weights), None
+def search(weights: Sequence[torch.Tensor], seen: Sequence[Seen], group: Group, grid: Grid) -> torch.Tensor | None:
+    """The scale [in] with the least loss over all linears of a group; None where no scale helps.
+
+    ``seen``: the input of each; experts read one input's tokens in parts.
+    """
+    tokens = sum(one.count for one in seen)
+    magnitudes = _shared(sum((one.magnitudes * (one.count / tokens) for one in seen), torch.tensor(0.0)), group)
+
+    def loss(scale: torch.Tensor | float) -> float:
+        pairs = zip(weights, seen, strict=True)
+        return sum(gram_loss(w - nearest(w * scale, grid) / scale, one.gram) for w, one in pairs)
+
+    best, found = loss(1.0), None
     for step in range(1, EXPONENTS):
         scale = magnitudes.pow(step / EXPONENTS).clamp(min=LEAST)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        loss = sum(gram_loss(w - nearest(w * scale, grid) / scale, seen.gram) for w in weights)
-        if loss < best:
-            best, found = loss, scale
+        if (tried := loss(scale)) < best:
+            best, found = tried, scale
     return found
 
 
@@ -55,18 +65,28 @@ def _shared(magnitudes: torch.Tensor, group: Group) -> torch.Tensor:
     return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
 
 
-def undo(work: dict[str, torch.Tensor], group: Group, scale: torch.Tensor) -> list[str]:
-    """Divide what makes the input by ``scale``. Returns the names of the tensors of ``work`` that changed."""
+def fold(
+    work: dict[str, torch.Tensor], group: Group, scale: torch.Tensor, dtypes: Mapping[str, torch.dtype]
+) -> torch.Tensor:
+    """Multiply the columns of all that reads an input by ``scale`` [in], and divide what makes it, in ``work``.
+
+    A norm's weights are rounded to their dtype first, and the readers make up for it: the scale that they got, which is
+    returned, differs by that rounding.
+    """
     weight, bias = f"{group.producer}.weight", f"{group.producer}.bias"
-    if group.kind == "norm+1":
-        work[weight] = (work[weight] + 1) / scale - 1
-    elif group.kind == "norm":
-        work[weight] = work[weight] / scale
+    if group.kind == "linear":
+        own = scale if group.repeats == 1 else scale.view(-1, group.repeats, group.head)[:, 0].reshape(-1)
+        divisor = torch.ones(len(work[weight]), device=scale.device)
+        divisor[group.rows : group.rows + len(own)] = own
+        work[weight] = work[weight] / divisor[:, None]
     else:
-        if group.repeats != 1:
-            scale = scale.view(-1, group.repeats, group.head)[:, 0].reshape(-1)
-        work[weight] = work[weight] / scale[:, None]
-    if bias not in work:
-        return [weight]
-    work[bias] = work[bias] / scale
-    return [weight, bias]
+        plus = 1 if group.kind == "norm+1" else 0
+        before = work[weight] + plus
+        work[weight] = (before / scale - plus).to(dtypes[weight]).float()
+        after = work[weight] + plus
+        divisor = scale = torch.where((before != 0) & (after != 0), before / after, scale)
+    if bias in work:
+        work[bias] = work[bias] / divisor
+    for name in (*group.linears, *group.also):
+        work[f"{name}.weight"] = work[f"{name}.weight"] * scale
+    return scale

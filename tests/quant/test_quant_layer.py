@@ -13,12 +13,13 @@ import torch
 import transformers
 from torch.nn.functional import linear as apply
 
+from qbuild.calibration.shapes import linears
 from qbuild.quant.codes import Codes, Solved
 from qbuild.quant.families import Group, groups
 from qbuild.quant.gptq import curvature, gptq
 from qbuild.quant.grid import Grid, clipped, ends, fit, nearest, quantize
 from qbuild.quant.layer import Params, solve
-from qbuild.quant.scaling import Seen, gram_loss, search, undo
+from qbuild.quant.scaling import Seen, fold, gram_loss, search
 
 Array = np.ndarray[Any, Any]
 
@@ -164,7 +165,7 @@ def test_the_gram_loss_is_the_squared_error_of_the_outputs() -> None:
 def test_the_scale_found_has_the_least_loss_on_the_activations_themselves() -> None:
     weight, x = weights(64, 128), inputs(128)
     grid, magnitudes = Grid(4, 64, False), x.abs().mean(0)
-    found = search([weight], Seen(x.T @ x, magnitudes), Group(("w",), "norm", "norm"), grid)
+    found = search([weight], [Seen(x.T @ x, magnitudes, len(x))], Group(("w",), "norm", "norm"), grid)
     assert found is not None
 
     def loss(scale: torch.Tensor) -> float:
@@ -194,49 +195,112 @@ def test_a_clipped_range_loses_no_more_than_the_whole_one_inside_any_group() -> 
 SETTINGS: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0,
+    "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "norm_topk_prob": False, "attn_implementation": "eager",
+}  # fmt: skip
+# Kind of model → groups whose scale something takes over, in a layer.
+FOLDED = {
+    "llama": 4, "mistral": 4, "qwen2": 4, "qwen3": 4, "granite": 4, "smollm3": 4, "stablelm": 4, "gemma": 4,
+    "gemma2": 4, "gemma3_text": 4, "phi3": 4, "olmo2": 2, "gpt_neox": 2, "starcoder2": 3, "arcee": 3, "seed_oss": 4,
+    "mixtral": 7, "qwen2_moe": 8, "qwen3_moe": 7, "olmoe": 7,
 }  # fmt: skip
 
 
-KINDS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "stablelm", "gpt_neox")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_scaling_alone_leaves_the_model_as_it_was(kind: str) -> None:
+def tiny(kind: str, **settings: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    """A random model, its layer's tensors as checkpoints name them, and its config."""
     torch.manual_seed(1)
-    extra = {"num_key_value_heads": 4, "num_attention_heads": 4} if kind == "gpt_neox" else {}
-    config = transformers.AutoConfig.for_model(kind, **(SETTINGS | extra))
+    heads = {"num_key_value_heads": 4} if kind == "gpt_neox" else {}
+    config = transformers.AutoConfig.for_model(kind, **(SETTINGS | heads | settings))
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
+    tensors = {n: t.float().clone() for n, t in model.state_dict().items() if ".layers.0." in n}
+    return model, tensors, config.to_dict()
+
+
+def unstacked(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """Experts one by one, as checkpoints hold them."""
+    found: dict[str, torch.Tensor] = {}
+    gate, up, down, block = ("w1", "w3", "w2", "block_sparse_moe") if kind == "mixtral" else (
+        "gate_proj", "up_proj", "down_proj", "mlp")  # fmt: skip
+    for name, tensor in tensors.items():
+        path = name.replace(".mlp.", f".{block}.")
+        if tensor.ndim != 3:
+            found[path] = tensor
+            continue
+        base = path.rpartition(".")[0]
+        for number, expert in enumerate(tensor):
+            if name.endswith("gate_up_proj"):
+                found[f"{base}.{number}.{gate}.weight"], found[f"{base}.{number}.{up}.weight"] = expert.chunk(2)
+            else:
+                found[f"{base}.{number}.{down}.weight"] = expert
+    return found
+
+
+def restacked(found: dict[str, torch.Tensor], like: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    gate, up, down, block = ("w1", "w3", "w2", "block_sparse_moe") if kind == "mixtral" else (
+        "gate_proj", "up_proj", "down_proj", "mlp")  # fmt: skip
+    made = {}
+    for name, tensor in like.items():
+        path = name.replace(".mlp.", f".{block}.")
+        base = path.rpartition(".")[0]
+        if tensor.ndim != 3:
+            made[name] = found[path]
+        elif name.endswith("gate_up_proj"):
+            halves = [[found[f"{base}.{n}.{half}.weight"] for half in (gate, up)] for n in range(len(tensor))]
+            made[name] = torch.stack([torch.cat(pair) for pair in halves])
+        else:
+            made[name] = torch.stack([found[f"{base}.{n}.{down}.weight"] for n in range(len(tensor))])
+    return made
+
+
+@pytest.mark.parametrize("kind", FOLDED)
+def test_scaling_alone_leaves_the_model_as_it_was(kind: str) -> None:
+    model, state, config = tiny(kind)
     ids = torch.randint(1, 64, (2, 12))
     before = model(input_ids=ids).logits
-    prefix = "gpt_neox.layers.0." if kind == "gpt_neox" else "model.layers.0."
-    state = {n: t.float().clone() for n, t in model.state_dict().items() if n.startswith(prefix)}
-    found = groups(config.to_dict(), prefix, state)
-    scaled = 0
-    for group in found:
-        if group.producer is None:
-            continue
-        width = state[f"{group.linears[0]}.weight"].shape[1]
-        scale = torch.logspace(-1, 1, width)
+    work = unstacked(state, kind)
+    prefix = next(iter(work)).partition(".layers.0.")[0] + ".layers.0."
+    shapes = {name: tuple(tensor.shape) for name, tensor in work.items()}
+    wanted = [linear.name for linear in linears(prefix.removesuffix("0."), 0, shapes)]
+    found = groups(config, prefix, work, wanted)
+    assert sorted(name for group in found for name in group.linears) == sorted(wanted)
+    scaled = [group for group in found if group.producer is not None]
+    for group in scaled:
+        scale = torch.logspace(-0.5, 0.5, work[f"{group.linears[0]}.weight"].shape[1])
         if group.repeats != 1:
             heads = scale.view(-1, group.repeats, group.head)
             scale = heads[:, :1].expand_as(heads).reshape(-1)
-        for name in group.linears:
-            state[f"{name}.weight"] *= scale
-        undo(state, group, scale)
-        scaled += 1
-    model.load_state_dict(state, strict=False)
-    assert scaled == (2 if kind == "olmo2" else {"gpt_neox": 2, "phi3": 2}.get(kind, 4))
+        fold(work, group, scale, dict.fromkeys(work, torch.float32))
+    assert len(scaled) == FOLDED[kind]
+    model.load_state_dict(restacked(work, state, kind), strict=False)
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-3, atol=1e-3)
 
 
-def test_every_linear_of_a_layer_is_in_one_group() -> None:
+def test_a_family_that_is_not_known_is_not_scaled() -> None:
     names = [f"model.layers.0.{n}.weight" for n in ("self_attn.q_proj", "mlp.odd", "mlp.up_proj", "input_layernorm")]
-    found = groups({"model_type": "unheard_of"}, "model.layers.0.", names)
-    assert sorted(n for g in found for n in g.linears) == sorted(n.removesuffix(".weight") for n in names[:3])
+    wanted = [n.removesuffix(".weight") for n in names[:3]]
+    found = groups({"model_type": "unheard_of"}, "model.layers.0.", names, wanted)
+    assert sorted(n for g in found for n in g.linears) == sorted(wanted)
     assert all(group.producer is None for group in found)
+
+
+def test_attention_and_feed_forward_that_share_a_norm_are_not_scaled() -> None:
+    _, state, config = tiny("stablelm", use_parallel_residual=True)
+    wanted = [f"model.layers.0.{n}" for n in ("self_attn.q_proj", "mlp.up_proj")]
+    assert all(g.producer is None for g in groups(config, "model.layers.0.", state, wanted))
+
+
+def test_readers_make_up_for_the_rounding_of_a_norm() -> None:
+    torch.manual_seed(3)
+    norm, weight, scale = torch.randn(64).bfloat16().float(), weights(8, 64), torch.rand(64) + 0.5
+    for kind, plus in (("norm", 0), ("norm+1", 1)):
+        work = {"n.weight": norm, "l.weight": weight}
+        got = fold(work, Group(("l",), "n", kind), scale, {"n.weight": torch.bfloat16})
+        assert torch.equal(work["n.weight"].bfloat16().float(), work["n.weight"])
+        torch.testing.assert_close(got, scale, rtol=0.02, atol=0)
+        torch.testing.assert_close(work["l.weight"] * (work["n.weight"] + plus), weight * (norm + plus))
 
 
 def layer(params: Params) -> Solved:
@@ -245,9 +309,10 @@ def layer(params: Params) -> Solved:
     tensors = {f"{prefix}self_attn.{n}_proj.weight": weights(*s).bfloat16() for n, s in shapes.items()}
     tensors[f"{prefix}input_layernorm.weight"] = torch.ones(64, dtype=torch.bfloat16)
     x = inputs(64)
-    seen = Seen(x.T @ x, x.abs().mean(0))
+    seen = Seen(x.T @ x, x.abs().mean(0), len(x))
     config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
-    return solve(tensors, lambda _: seen, groups(config, prefix, tensors), params)
+    wanted = [f"{prefix}self_attn.{n}_proj" for n in shapes]
+    return solve(tensors, lambda _: seen, groups(config, prefix, tensors, wanted), params)
 
 
 def test_what_scaling_changed_comes_back_in_its_own_type() -> None:
