@@ -18,6 +18,8 @@ from qbuild.errors import InputError
 __all__ = [
     "ITEM_SIZES",
     "LAYOUTS",
+    "LOADERS",
+    "Loader",
     "Scheme",
     "Stored",
     "groups",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from subprocess import run
 from typing import Any
 
 import pytest
 
 from qbuild.errors import InputError
-from qbuild.quant.shapes import LAYOUTS, Scheme, packed, quantization_config, refusal, rejections, scheme_of
+from qbuild.quant.shapes import LAYOUTS, LOADERS, Scheme, packed, quantization_config, refusal, rejections, scheme_of
 
 FITS = {"q_proj": (64, 128)}
 
@@ -153,3 +154,26 @@ def test_other_configs_are_refused(config: dict[str, Any], said: str) -> None:
 def test_planning_loads_neither_torch_nor_numpy() -> None:
     code = "import qbuild.quant.shapes, sys; print(*{'torch', 'numpy'} & set(sys.modules))"
     assert run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+ROWS = {
+    "AWQ": (Scheme("awq-gemm", 4, 64, False), False),
+    "AWQ, experts": (Scheme("awq-gemm", 4, 64, False), True),
+    "GPTQ, 4 or 8 bits": (Scheme("gptq", 8, 64, True), False),
+    "GPTQ, 2 or 3 bits": (Scheme("gptq", 3, 64, True), False),
+    "GPTQ, experts": (Scheme("gptq", 4, 64, True), True),
+    "gptq_v2, asymmetric": (Scheme("gptq_v2", 4, 64, False), False),
+    "compressed-tensors, 4 or 8 bits": (Scheme("pack-quantized", 8, 64, True), False),
+    "compressed-tensors, experts": (Scheme("pack-quantized", 4, 64, True), True),
+    "compressed-tensors, 4 bits, asymmetric": (Scheme("pack-quantized", 4, 64, False), False),
+}
+
+
+def test_the_table_of_loaders_is_what_the_plan_goes_by() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    for title, (scheme, experts) in ROWS.items():
+        names = ["model.layers.0.mlp.experts.0.up_proj" if experts else "model.layers.0.mlp.up_proj"]
+        known = {loader.name for loader in LOADERS if scheme.layout in loader.layouts}
+        read = known - set(rejections(scheme, names))
+        cells = ["yes" if n in read else "no" if n in known else "–" for n in ("GPTQModel", "transformers", "vLLM")]
+        assert f"| {title} | {' | '.join(cells)} |\n" in text
