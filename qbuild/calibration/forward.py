@@ -39,7 +39,8 @@ class Layer:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         positional, named = self._arguments(hidden.shape[1])[self.index]
-        made = self.module(hidden.to(self._device), *positional, **named)
+        with torch.no_grad():  # it is a thread's own
+            made = self.module(hidden.to(self._device), *positional, **named)
         return made[0] if isinstance(made, tuple) else made
 
 
@@ -105,13 +106,17 @@ class Streamed:
         self._outside.clear()
         self._tables.clear()
 
+    def prepare(self, length: int) -> None:
+        """Work out once what windows of this length need, so that several threads may call a layer."""
+        self._arguments(length)
+
     # layers ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Layer]:
         """One decoder layer, its weights in memory inside of the ``with``."""
         path = f"{self._path}.{index}"
-        with self.weights.placed(self.weights.below(path), self.device), torch.no_grad():
+        with self.weights.placed(self.weights.below(path), self.device):
             yield Layer(index, self._layers[index], self.device, self._arguments)
 
     def layer_tensors(self, index: int) -> tuple[str, ...]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from qbuild.calibration.collect import Collector
-from qbuild.calibration.forward import Streamed
+from qbuild.calibration.collect import Collector, Watch
+from qbuild.calibration.forward import Layer, Streamed
 from qbuild.calibration.shapes import linears
 from qbuild.calibration.statistics import Statistics
 from qbuild.calibration.weights import Read
@@ -58,29 +60,45 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
     layers before ``first`` are run without being measured. A killed pass loses the layer it was in, or the few seconds
     of layers since the states were written last. Raises InputError for weights or activations that cannot be used.
     """
-    torch.set_num_threads(task.threads)
+    torch.set_num_threads(1)  # how a product is split over threads changes its last bits: windows are split instead
     _give_back_freed_memory()
     model = Streamed(task.config, task.tensors, read, device=task.device, dtype=task.dtype)
-    with _States(task, model) as states:
+    threads = task.threads if task.device == "cpu" else 1
+    with ThreadPoolExecutor(threads) as pool, _States(task, model, threads) as states:
+        model.prepare(task.tokens.shape[1])
         for index in range(states.ready, task.last + 1):
             began = time.monotonic()
             if index < task.first:
                 with model.layer(index) as layer:
-                    states.advance(layer)
+                    states.advance(partial(_unwatched, pool, layer))
             else:
-                data = _measured(task, model, index, states).to_bytes()
+                data = _measured(task, model, index, states, pool).to_bytes()
                 save(index, data, time.monotonic() - began)
                 del data
             states.keep(last=index == task.last)
 
 
-def _measured(task: Pass, model: Streamed, index: int, states: _States) -> Statistics:
+def _unwatched(pool: Executor, layer: Layer, windows: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list(pool.map(layer, windows))
+
+
+def _measured(task: Pass, model: Streamed, index: int, states: _States, pool: Executor) -> Statistics:
     """The statistics of a layer, which is out of memory again."""
     wanted = [linear.name for linear in linears(model.prefix, index, task.tensors)]
     with model.layer(index) as layer:
         collector = Collector(index, model.parameters(index), wanted, task.gram)
-        with collector:
-            states.advance(layer)
+
+        def watched(watch: Watch, window: torch.Tensor) -> torch.Tensor:
+            with watch:
+                return layer(window)
+
+        def run(windows: list[torch.Tensor]) -> list[torch.Tensor]:
+            watches = [collector.watch() for _ in windows]
+            made = list(pool.map(watched, watches, windows))
+            collector.add(watches, pool)
+            return made
+
+        states.advance(run)
     return collector.statistics()
 
 
@@ -97,7 +115,8 @@ class _States:
     A window at a time goes through a layer, whatever the memory: how sums are split would change their last bits.
     """
 
-    def __init__(self, task: Pass, model: Streamed) -> None:
+    def __init__(self, task: Pass, model: Streamed, together: int) -> None:
+        self.together = together  # windows in memory at a time, beside the states themselves
         self.folder, self.spill, self.dtype = task.states, task.spill, model.dtype
         self.windows, length = task.tokens.shape
         self.shape = (1, length, model.width)
@@ -117,14 +136,21 @@ class _States:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def advance(self, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Send every window through a layer."""
+    def advance(self, run: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> None:
+        """Send every window through a layer, some at a time."""
         if self.spill:
-            self._write(self.ready + 1, (run(self._read(window)) for window in range(self.windows)))
+            self._write(self.ready + 1, self._sent(run))
         else:
-            for hidden in self._hidden.split(1):
-                hidden.copy_(run(hidden))
+            for hidden, made in zip(self._hidden.split(1), self._sent(run), strict=True):
+                hidden.copy_(made)
         self.ready += 1
+
+    def _sent(self, run: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Iterator[torch.Tensor]:
+        for start in range(0, self.windows, self.together):
+            windows = range(start, min(start + self.together, self.windows))
+            yield from run(
+                [self._read(window) if self.spill else self._hidden[window : window + 1] for window in windows]
+            )
 
     def keep(self, *, last: bool) -> None:
         """Write the states for a later process, where the work since the last time is worth it, and drop older ones.

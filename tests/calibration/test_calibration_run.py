@@ -134,6 +134,12 @@ def test_spilled_states_give_the_same_bytes(task: Pass, tensors: Tensors, tmp_pa
 
 
 @pytest.mark.parametrize("spill", [False, True])
+def test_any_number_of_threads_gives_the_same_bytes(task: Pass, tensors: Tensors, tmp_path: Path, spill: bool) -> None:
+    alone = saved(task, tensors.read)
+    assert alone == saved(replace(task, threads=2, spill=spill, states=tmp_path / "other"), tensors.read)
+
+
+@pytest.mark.parametrize("spill", [False, True])
 def test_a_pass_cut_off_goes_on_with_the_same_bytes(
     task: Pass, tensors: Tensors, spill: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
