@@ -284,6 +284,19 @@ PHI2_OUTER = (
     Row("lm_head.bias", "output.bias", "v", "!tie_word_embeddings"),
 )
 
+BAILING_LAYER = (
+    *LLAMA_NORMS,
+    Row("attention.query_key_value.weight", "attn_qkv.weight", "bh"),
+    Row("attention.query_key_value.bias", "attn_qkv.bias", "b", "use_qkv_bias"),
+    Row("attention.query_layernorm.weight", "attn_q_norm.weight", "d", "use_qk_norm"),
+    Row("attention.key_layernorm.weight", "attn_k_norm.weight", "d", "use_qk_norm"),
+    Row("attention.dense.weight", "attn_output.weight", "hq"),
+    *_no_bias(_mlp("", "dense")),
+    *DEEPSEEK_EXPERTS,
+    Row("mlp.gate.expert_bias", "exp_probs_b.bias", "e", "sparse moe_router_enable_expert_bias"),
+    *NEXT[:3],
+    Row("final_layernorm.weight", "layer_output_norm.weight", "h", "next"),
+)
 GEMMA4_LAYER = (
     *FOUR_NORMS,
     Row("self_attn.q_proj.weight", "attn_q.weight", "qh"),
@@ -474,6 +487,13 @@ FAMILIES: dict[str, Family] = {
         "dots1",
         (*QWEN3_LAYER, *_no_bias(_mlp("", "dense")), *DEEPSEEK_EXPERTS, EXPERT_BIAS),
         OUTER,
+    ),
+    "BailingMoeV2ForCausalLM": Family(
+        "bailingmoe2",
+        BAILING_LAYER,
+        (Row("model.word_embeddings.weight", "token_embd.weight", "vh"), NORM, HEAD),
+        next_layers=True,
+        defaults={"use_qk_norm": True, "moe_router_enable_expert_bias": True},
     ),
     "DeepseekV2ForCausalLM": DEEPSEEK2,
     "DeepseekV3ForCausalLM": DEEPSEEK3,

@@ -378,6 +378,22 @@ def _hunyuan(config: Values, rope: Values) -> Values:
     }
 
 
+def _bailing(config: Values, rope: Values) -> Values:
+    width, shared, more = config["moe_intermediate_size"], config["num_shared_experts"], "num_nextn_predict_layers"
+    values = {
+        "block_count": config["num_hidden_layers"] + (config.get(more) or 0),
+        **_glm4(config, rope),
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "vocab_size": config["vocab_size"],
+        "expert_feed_forward_length": width,
+        "expert_shared_feed_forward_length": config.get("moe_shared_expert_intermediate_size", width * shared),
+        "expert_weights_scale": config["routed_scaling_factor"],
+        "expert_shared_count": shared,
+        "expert_weights_norm": config["norm_topk_prob"],
+    }
+    return values | ({"nextn_predict_layers": config[more]} if config.get(more) is not None else {})
+
+
 def _dots1(config: Values, rope: Values) -> Values:
     return _qwen_moe(config, rope) | {
         "leading_dense_block_count": config["first_k_dense_replace"],
@@ -578,6 +594,7 @@ EXTRAS: dict[str, Extra] = {
     "ernie4_5-moe": _ernie_moe,
     "minicpm": _minicpm,
     "qwen3vl": _qwen3vl,
+    "bailingmoe2": _bailing,
     "dots1": _dots1,
     "nemotron": _nemotron,
     "qwen2moe": _qwen_moe,

@@ -61,8 +61,8 @@ def rotated(config: Mapping[str, Any], part: float) -> int:
 
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
-SHARED_COUNT = ("n_shared_experts", "moe_num_shared_experts")
+SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size")
+SHARED_COUNT = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts")
 
 
 def layer_kinds(config: Mapping[str, Any]) -> list[str]:

@@ -62,6 +62,11 @@ MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
 ]
+BAILING = {
+    "head_dim": 32, "num_experts": 4, "num_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1, "num_hidden_layers": 3, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+    "n_group": 2, "topk_group": 1, "score_function": "sigmoid", "partial_rotary_factor": 0.5,
+}  # fmt: skip
 GRANITE4 = {
     "layer_types": ["attention"] * 2, "shared_intermediate_size": 96, "attention_multiplier": 0.015625,
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0, "mamba_n_heads": 4,
@@ -279,6 +284,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "phimoe": family(
         "PhiMoEForCausalLM", "phimoe", num_local_experts=4, num_experts_per_tok=2, attention_bias=True,
         lm_head_bias=True, original_max_position_embeddings=2048, sliding_window=1024, intermediate_size=128,
+    ),
+    "bailing-moe": bpe("BailingMoeV2ForCausalLM", "bailing_moe", **BAILING, num_nextn_predict_layers=0),
+    "bailing-moe-next": bpe(
+        "BailingMoeV2ForCausalLM", "bailing_moe", **BAILING, num_nextn_predict_layers=1,
+        moe_shared_expert_intermediate_size=96, tie_word_embeddings=True,
     ),
     "dots1": bpe(
         "Dots1ForCausalLM", "dots1", head_dim=32, n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2,
