@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qbuild.arch.families import Family, Row
-from qbuild.arch.shapes import Shapes, every, family, of_full_attention, rotated, settings
+from qbuild.arch.shapes import CONVERT_ELSEWHERE, Shapes, every, family, of_full_attention, rotated, settings
 from qbuild.checkpoint import Checkpoint, SourceTensor
 from qbuild.errors import ConfigError, InputError
 from qbuild.gguffile import decode_kv
@@ -233,7 +233,7 @@ class _Converter:
             return
         if values * rank % plain:
             fact = f"heads of {plain} and {values} with a rank of {rank} are not supported"
-            raise InputError(self.place, fact, "convert it with llama.cpp, then model.source=FILE.gguf")
+            raise InputError(self.place, fact, CONVERT_ELSEWHERE)
         heads = range(0, n * (plain + values) * rank // plain, (plain + values) * rank // plain)
         yield from (Piece(source.name, at, at + rank) for at in heads)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qbuild.arch.shapes import feed_forward, find, layer_kinds, of_full_attention, rotated
+from qbuild.arch.shapes import CONVERT_ELSEWHERE, feed_forward, find, layer_kinds, of_full_attention, rotated
 from qbuild.arch.vocab import read_json
 from qbuild.errors import InputError
 
@@ -645,4 +645,4 @@ def _refuse_other_uses(arch: str, config: Values, folder: Path) -> None:
     reranks = "# qwen3-reranker" in text or any("qwen3-reranker" in str(hint).lower() for hint in hints)
     if arch == "qwen3" and reranks:
         fact = "a reranking model, which qbuild does not convert yet"
-        raise InputError(str(folder), fact, "convert it with llama.cpp, then model.source=FILE.gguf")
+        raise InputError(str(folder), fact, CONVERT_ELSEWHERE)

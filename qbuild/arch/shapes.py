@@ -10,6 +10,7 @@ from qbuild.arch.families import FAMILIES, Family, Row
 from qbuild.errors import InputError
 
 __all__ = [
+    "CONVERT_ELSEWHERE",
     "Shapes",
     "every",
     "expected_tensors",
@@ -22,6 +23,9 @@ __all__ = [
     "settings",
     "text_part",
 ]
+
+
+CONVERT_ELSEWHERE = "convert it with llama.cpp, then model.source=FILE.gguf"
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -39,8 +43,8 @@ def family(config: Mapping[str, Any], place: str) -> Family:
                 found if found.without_experts is None or config.get("num_experts_per_tok") else found.without_experts
             )
     wanted = names[0] if names else str(config.get("model_type", "nothing named"))
-    near = difflib.get_close_matches(wanted, FAMILIES, 1, 0.3)
-    remedy = (f"nearest: {near[0]}; " if near else "") + "known: " + ", ".join(FAMILIES)
+    near = difflib.get_close_matches(wanted, FAMILIES, 3, 0.3)
+    remedy = (f"nearest: {', '.join(near)}; " if near else "") + "docs/families.md lists all; " + CONVERT_ELSEWHERE
     raise InputError(place, f"architecture {wanted} is not supported", remedy)
 
 
@@ -131,8 +135,7 @@ class Shapes:
                 raise InputError(place, f"config.json sets {key}: {config.get(key)}", remedy)
         for kind in config.get("layer_types", ()) if rules.kinds else ():
             if kind not in rules.kinds:
-                remedy = "convert it with llama.cpp, then model.source=FILE.gguf"
-                raise InputError(place, f"layers of {kind} are not supported", remedy)
+                raise InputError(place, f"layers of {kind} are not supported", CONVERT_ELSEWHERE)
         try:
             self.last: int = config["num_hidden_layers"]
             self.size = self._sizes(config)

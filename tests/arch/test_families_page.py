@@ -9,7 +9,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from arch.arch_kit import DATA, maker
 
@@ -75,3 +77,13 @@ def test_the_tests_that_the_page_names_are_there() -> None:
     line = next(c for c in commands() if "pytest" in c)
     chosen = shlex.split(line)[-1].split(" or ")
     assert set(chosen) <= MAKER.VARIANTS.keys()
+
+
+def test_what_the_page_does_not_list_is_refused_in_a_plan(project: Path, qbuild: Callable[..., Any]) -> None:
+    folder = MAKER.write("deepseek3", project)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["DeepseekV9ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    done = qbuild("plan", f"model.source={folder}", "target=gguf/q4_k_m")
+    assert done.code == 4
+    assert "architecture DeepseekV9ForCausalLM is not supported" in done.err
+    assert "nearest: DeepseekV3ForCausalLM, DeepseekV2ForCausalLM" in " ".join(done.err.split())
