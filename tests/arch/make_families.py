@@ -104,6 +104,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "codellama": family("LlamaForCausalLM", "llama", vocab_size=32016, hidden_size=64, intermediate_size=128),
     "mixtral": family("MixtralForCausalLM", "mixtral", num_local_experts=4, num_experts_per_tok=2),
     "mixtral-8": family("MixtralForCausalLM", "mixtral", num_local_experts=8, intermediate_size=256, head_dim=64),
+    "mixtral-sharded": family(
+        "MixtralForCausalLM", "mixtral", num_local_experts=4, tie_word_embeddings=True, _shards=3
+    ),
+    "deepseek2-sharded": bpe(
+        "DeepseekV2ForCausalLM", "deepseek_v2", **LATENT, q_lora_rank=None, scoring_func="softmax", _shards=2,
+        n_group=1, topk_group=1,
+    ),
     "smollm3": bpe("SmolLM3ForCausalLM", "smollm3", tie_word_embeddings=True),
     "granite": bpe(
         "GraniteForCausalLM", "granite", attention_multiplier=0.015625, embedding_multiplier=12.0,
@@ -431,17 +438,31 @@ def write(name: str, root: Path) -> Path:
     if "_tokens" in over:
         add_tokens(folder / "tokenizer.json", over["_tokens"])
     rng = np.random.default_rng(sum(name.encode()))
-    entries, blobs, at = {}, [], 0
+    shards: list[dict[str, tuple[str, tuple[int, ...], bytes]]] = [{} for _ in range(over.get("_shards", 1))]
     for number, (tensor, shape) in enumerate(shapes(name)):
         dtypes = over.get("_dtypes", ("BF16",))
         dtype = dtypes[number % len(dtypes)]
         blob = encode(rng.standard_normal(shape, np.float32) * np.float32(0.05), dtype)
-        entries[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(blob)]}
-        at += len(blob)
-        blobs.append(blob)
-    text = json.dumps(entries).encode()
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+        shards[number % len(shards)][tensor] = (dtype, shape, blob)
+    write_shards(folder, shards)
     return folder
+
+
+def write_shards(folder: Path, shards: list[dict[str, tuple[str, tuple[int, ...], bytes]]]) -> None:
+    """One safetensors file, or several and their index; of each tensor its dtype, shape and bytes."""
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        index = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for name, shard in zip(names, shards, strict=True):
+        entries, at = {}, 0
+        for tensor, (dtype, shape, blob) in shard.items():
+            entries[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(blob)]}
+            at += len(blob)
+        text = json.dumps(entries).encode()
+        body = b"".join(blob for _, _, blob in shard.values())
+        (folder / name).write_bytes(len(text).to_bytes(8, "little") + text + body)
 
 
 def add_tokens(path: Path, texts: Iterable[str]) -> None:
