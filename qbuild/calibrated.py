@@ -12,20 +12,20 @@ from functools import cached_property
 from pathlib import Path
 
 from qbuild import schema
-from qbuild.actions import directory, importance, solve, statistics, tokens, weights
+from qbuild.actions import directory, evaluation, importance, solve, statistics, tokens, weights
 from qbuild.arch.convert import TensorSpec
 from qbuild.budget import parse_size
 from qbuild.calibration import extent
 from qbuild.calibration.texts import documents, files
 from qbuild.checkpoint import Checkpoint
-from qbuild.digest import digest_bytes
+from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import InputError
 from qbuild.graph import Action, Graph, Input, Output, Source
 from qbuild.quant.directory import Directory, plain_dtype
 from qbuild.quant.directory import directory as plan_directory
 from qbuild.quant.shapes import Scheme
 
-__all__ = ["CalibratedTarget", "Calibration"]
+__all__ = ["CalibratedTarget", "Calibration", "Evaluation"]
 
 NEEDS = "calibration runs the model: name a directory of safetensors with its config.json, or a Hub id"
 MATRIX = "imatrix"  # id of the action that makes the importance matrix
@@ -45,6 +45,15 @@ class CalibratedTarget:
     types: Mapping[str, tuple[int, int]]  # type → (tensors, bytes)
     directory: Directory | None = None
     scheme: Scheme | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Actions: ``tokens``, the source's ``states``, and ``results`` by target."""
+
+    tokens: str
+    states: str
+    results: Mapping[str, str]
 
 
 class Calibration:
@@ -73,25 +82,17 @@ class Calibration:
         path = self.checkpoint.aux[name]
         return Source(name, str(path), 0, path.stat().st_size)
 
-    @cached_property
-    def texts(self) -> tuple[tuple[str, Input], ...]:
-        """The calibration text by content: its files, or the built-in documents."""
-        source = self.config.calibration.source
-        if source == tokens.BUILTIN:
-            return (("text", digest_bytes(repr(documents(None)).encode())),)
-        paths = files(source, fetch=self.fetch)
-        if not paths:  # of the Hub, not fetched by a plan
-            return (("text", digest_bytes(source.encode())),)
-        return tuple((f"text {p.name}", Source(p.name, str(p.absolute()), 0, p.stat().st_size)) for p in paths)
-
     # actions ---------------------------------------------------------------------------------------------------------
 
     @cached_property
     def tokens(self) -> Output:
-        wanted = self.config.calibration
+        return self._tokens("tokens", self.config.calibration)
+
+    def _tokens(self, name: str, wanted: schema.CalibrationConf | schema.EvaluationConf) -> Output:
         params = tokens.Params(int(wanted.samples), int(wanted.length), wanted.seed)
         vocabulary = [(name, self._side_file(name)) for name in tokens.TOKENIZER if name in self.checkpoint.aux]
-        return self.graph.add(Action("tokens", tokens.KIND, params, (*self.texts, *vocabulary)))
+        texts = _texts(wanted.source or tokens.BUILTIN, fetch=self.fetch)
+        return self.graph.add(Action(name, tokens.KIND, params, (*texts, *vocabulary)))
 
     def weights(self, layer: int) -> Output:
         """All weights that the input of layer ``layer + 1`` depends on, as a chain; -1: those before the first."""
@@ -103,13 +104,17 @@ class Calibration:
         return self.graph.add(Action(f"weights:{layer}", weights.KIND, weights.Params(), tuple(inputs)))
 
     @cached_property
+    def model_config(self) -> Digest:
+        """The configuration that decides arithmetic."""
+        return digest_bytes(json.dumps(statistics.config_of(self.checkpoint), sort_keys=True).encode())
+
+    @cached_property
     def statistics(self) -> tuple[Output, ...]:
         """By layer. Each depends on the tokens and on the weights up to it, so a change in layer 20 leaves 0 to 19."""
-        config = digest_bytes(json.dumps(statistics.config_of(self.checkpoint), sort_keys=True).encode())
         made = []
         for layer in range(len(self.model.layers)):
             params = statistics.Params(layer, self.detail, self.config.calibration.dtype, self.device)
-            inputs = (("tokens", self.tokens), ("config", config), ("weights", self.weights(layer)))
+            inputs = (("tokens", self.tokens), ("config", self.model_config), ("weights", self.weights(layer)))
             made.append(self.graph.add(Action(f"statistics:{layer}", statistics.KIND, params, inputs)))
         return tuple(made)
 
@@ -172,10 +177,38 @@ class Calibration:
         which = digest_bytes(repr(replace(params, layer=0, linears=())).encode()).hash[:8]
         return self.graph.add(Action(f"layer {layer.index}:{which}", solve.KIND, params, tuple(inputs)))
 
+    def evaluation(self, targets: Mapping[str, str]) -> Evaluation:
+        """How far targets (name → action) are from the source: the source is run once for all of them."""
+        wanted = self.config.evaluation
+        every = [("before", self.weights(len(self.model.layers) - 1))]
+        inside = {name for layer in self.model.layers for name in layer.tensors} | set(self.model.before)
+        after = sorted(name for name in self.checkpoint.tensors if name not in inside)
+        sources = ((f"source {name}", self.source(name)) for name in after)
+        whole = self.graph.add(Action("weights", weights.KIND, weights.Params(), (*every, *sources)))
+        text = self._tokens("evaluation tokens", wanted)
+        params = evaluation.Params(wanted.dtype, self.device)
+        shared = (("tokens", text), ("config", self.model_config), ("weights", whole))
+        states = self.graph.add(Action("evaluation states", evaluation.STATES, params, shared))
+        results = {}
+        for name, action in targets.items():
+            inputs = (("target", Output(action)), *shared)  # what the states of the source depend on, they do
+            results[name] = self.graph.add(Action(f"evaluation:{name}", evaluation.RESULT, params, inputs)).action
+        return Evaluation(text.action, states.action, results)
+
     def sees(self, spec: TensorSpec) -> bool:
         """Whether calibration sees the input of a GGUF tensor: a linear of a decoder layer, or rows of one."""
         linears = {linear.name for layer in self.model.layers for linear in layer.linears}
         return any(piece.source.removesuffix(".weight") in linears for piece in spec.pieces)
+
+
+def _texts(source: str, *, fetch: bool) -> tuple[tuple[str, Input], ...]:
+    """A text by content: its files, or the documents that come with qbuild."""
+    if source == tokens.BUILTIN:
+        return (("text", digest_bytes(repr(documents(None)).encode())),)
+    paths = files(source, fetch=fetch)
+    if not paths:  # of the Hub, not fetched by a plan
+        return (("text", digest_bytes(source.encode())),)
+    return tuple((f"text {p.name}", Source(p.name, str(p.absolute()), 0, p.stat().st_size)) for p in paths)
 
 
 def _stored(target: schema.DirectoryTarget) -> tuple[str, int, bool]:

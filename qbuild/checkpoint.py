@@ -25,7 +25,17 @@ from typing import Any
 from qbuild.errors import InputError
 from qbuild.gguffile import KV, GgufHeader, decode_kv, read_header
 
-__all__ = ["Checkpoint", "Reader", "SourceFile", "SourceTensor", "open_path", "package_file", "safetensors", "shapes"]
+__all__ = [
+    "Checkpoint",
+    "Reader",
+    "SourceFile",
+    "SourceTensor",
+    "open_gguf",
+    "open_path",
+    "package_file",
+    "safetensors",
+    "shapes",
+]
 
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 OTHER_DTYPES = {"BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I16", "U16", "I32", "U32", "F64", "I64", "U64"}
@@ -91,7 +101,7 @@ def open_path(path: Path, source: str) -> Checkpoint:
         if path.is_dir():
             return _open_directory(path, source)
         if path.suffix == ".gguf" and path.is_file():
-            return _open_gguf(path, source)
+            return open_gguf(path, source)
     if path.suffix == ".safetensors":
         raise InputError(source, "one file is not a model: its config.json is needed", "model.source=DIRECTORY")
     if path.suffix in PICKLES:
@@ -335,7 +345,7 @@ def _unreadable(place: str, name: str, dtype: str) -> InputError:
 # GGUF ----------------------------------------------------------------------------------------------------------------
 
 
-def _open_gguf(path: Path, source: str) -> Checkpoint:
+def open_gguf(path: Path, source: str) -> Checkpoint:
     first = read_header(path)
     paths = _split_paths(path, first)
     files: list[SourceFile] = []

@@ -20,6 +20,7 @@ from qbuild.errors import ConfigError, StoreError
 from qbuild.graph import Source
 from qbuild.lower import Wanted, header, kernels_of, layout, pass_task, predict_ram
 from qbuild.manifest import action_key
+from qbuild.measured import measure
 from qbuild.plan import Judge, Plan
 from qbuild.progress import Sink
 from qbuild.recipe import FileTarget
@@ -43,13 +44,19 @@ def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
             waited |= stack.enter_context(_locked(made, name, sink))
         if waited:  # the other build may have made what we wanted
             made = _sound_plan(config, sink)
-        jobs, stage = Jobs(made, sink), None
+        jobs, stage, predicted = Jobs(made, sink), None, made.footprint.ram
         if made.steps:
             stage = Stage(made, jobs)
             stage.run()
             made = jobs.plan = plan.make(config, fetch=True, spared=staged.KINDS)
         run = _Build(made, sink, jobs, stage)
+        run.predicted = predicted
         run.all()
+        if made.resolved.evaluation is not None:
+            finished = plan.make(config, fetch=True, spared=plan.SALTS)
+            ran = sum(finished.verdicts[a].state != "hit" for a in made.resolved.evaluation.results.values())
+            run.evaluation = measure(finished, jobs)
+            run.totals["actions"] |= {"evaluation.result": ran} if ran else {}
         return run.report(time.monotonic() - began)
 
 
@@ -97,6 +104,8 @@ class _Build:
         self.cache = ActionCache(made.store)
         self.judge = Judge(made.resolved, made.store, rebuild=False)
         self.results: dict[str, dict[str, Any]] = {}
+        self.evaluation: dict[str, Any] | None = None
+        self.predicted = made.footprint.ram  # of all of the build
         self.totals: dict[str, Any] = {"computed": 0, "reused": 0, "read_bytes": 0, "written_bytes": 0, "seconds": {}}
         self.totals["actions"] = stage.counts if stage else {}
         if stage:
@@ -251,7 +260,7 @@ class _Build:
             "verdicts": {k: v for k, v in counts.items() if v},
             "seconds": round(seconds, 3),
             "peak_ram": self.jobs.peak if ran else 0,
-            "predicted_ram": self.plan.footprint.ram if ran else 0,
+            "predicted_ram": self.predicted if ran else 0,
         }
 
     # report -----------------------------------------------------------------------------------------------------------
@@ -270,6 +279,7 @@ class _Build:
                 "inputs": self._provenance(),
             },
             "targets": {t.name: self.results[t.name] for t in self.plan.targets},
+            "evaluation": self.evaluation,
             "totals": self.totals | {"wall_seconds": round(seconds, 3)},
             "jobs": self.jobs.noted,
             "versions": {"qbuild": qbuild.__version__} | plan.versions(kinds),

@@ -18,6 +18,7 @@ from typing import Any
 from qbuild import machine, schema
 from qbuild.actions import (
     directory,
+    evaluation,
     file,
     importance,
     metadata,
@@ -41,7 +42,7 @@ from qbuild.graph import Action, Source
 from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, Wanted, choose_strategy, kernels_of, layout, pass_task
 from qbuild.manifest import action_key, walk
 from qbuild.recipe import FileTarget, Resolved, resolve
-from qbuild.steps import Step, steps
+from qbuild.steps import Step, evaluations, steps
 from qbuild.store import Store
 
 __all__ = ["Judge", "Plan", "TargetPlan", "Verdict", "make", "manifest_parts", "versions"]
@@ -62,9 +63,11 @@ TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 3e10, "solve": 2e10} | {
 
 KINDS = (tensor, file, metadata, tokens, weights, statistics, solve, importance, directory)
 SALTS = {module.KIND: module.SALT for module in KINDS}
+SALTS |= dict.fromkeys((evaluation.STATES, evaluation.RESULT), evaluation.SALT)
 VERSIONS: dict[str, tuple[str, ...]] = {
     module.KIND: module.VERSIONS for module in (metadata, tokens, statistics, solve)
 }  # packages whose release can change an action's bytes
+VERSIONS |= dict.fromkeys((evaluation.STATES, evaluation.RESULT), evaluation.VERSIONS)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Plan:
     targets: tuple[TargetPlan, ...]
     strategy: Strategy
     steps: tuple[Step, ...]  # of calibrated targets, before the GGUF pass
+    after: tuple[Step, ...]  # of the evaluation, when all targets are made
     footprint: Footprint
     read_bytes: int
     seconds: float  # estimated, by this machine's own rates once it has built something
@@ -124,7 +128,7 @@ class Plan:
             "budget": asdict(self.budget),
             "predicted": asdict(self.footprint) | {"read_bytes": self.read_bytes, "seconds": self.seconds},
             "strategy": asdict(self.strategy),
-            "steps": [asdict(step) for step in self.steps],
+            "steps": [asdict(step) for step in (*self.steps, *self.after)],
             "targets": {t.name: t.to_json() for t in self.targets},
         }
 
@@ -338,15 +342,16 @@ def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) ->
     }
     calibrated = {t.name: judge.calibrated_plan(t, out) for t in resolved.targets if isinstance(t, CalibratedTarget)}
     targets = tuple((files | calibrated)[t.name] for t in resolved.targets)
-    ahead = steps(resolved, verdicts, budget, judge.rate)
+    ahead, after = steps(resolved, verdicts, budget, judge.rate), evaluations(resolved, verdicts, budget, judge.rate)
     copies = 2 if config.store.link == "copy" else 1
     written = sum(t.bytes for t in targets if t.verdict.state != "hit")
-    disk = copies * written + sum(s.disk for s in ahead) + max((s.temporary for s in ahead), default=0)
+    both = (*ahead, *after)
+    disk = copies * written + sum(s.disk for s in both) + max((s.temporary for s in both), default=0)
     _check_disk(disk, budget, targets, copies)
-    seconds = judge.seconds([w.target for w in todo], read, written, strategy.threads) + sum(s.seconds for s in ahead)
-    ram = max([ram, *(PARENT_RAM + step.ram for step in ahead)])
-    footprint = Footprint(ram=ram, vram=max((s.vram for s in ahead), default=0), disk=disk)
-    return Plan(resolved, store, budget, out, verdicts, targets, strategy, ahead, footprint, read, seconds)
+    seconds = judge.seconds([w.target for w in todo], read, written, strategy.threads) + sum(s.seconds for s in both)
+    ram = max([ram, *(PARENT_RAM + step.ram for step in both)])
+    footprint = Footprint(ram=ram, vram=max((s.vram for s in both), default=0), disk=disk)
+    return Plan(resolved, store, budget, out, verdicts, targets, strategy, ahead, after, footprint, read, seconds)
 
 
 def _judged(config: schema.Config, store: Store, fetch: bool, spared: Collection[str]) -> tuple[Resolved, Judge]:

@@ -5,6 +5,7 @@ A function of the configuration, the headers of the checkpoint and nothing else:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from qbuild.actions import file, metadata, tensor
 from qbuild.arch import convert, mix
 from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.arch.shapes import expected_tensors
-from qbuild.calibrated import CalibratedTarget, Calibration
+from qbuild.calibrated import CalibratedTarget, Calibration, Evaluation
 from qbuild.checkpoint import Checkpoint, shapes
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, InputError
@@ -61,6 +62,7 @@ class Resolved:
     imatrix_slices: dict[Digest, bytes]
     calibration: Calibration | None = None
     awaited: str | None = None
+    evaluation: Evaluation | None = None
 
     @property
     def files(self) -> tuple[FileTarget, ...]:
@@ -115,6 +117,7 @@ def resolve(
     builder = _Builder(config, checkpoint, matrix, fetch=fetch)
     targets = tuple(builder.target(name, target) for name, target in config.targets.items())
     _check_names(targets)
+    evaluation = builder.evaluation(targets)
     return Resolved(
         config,
         checkpoint,
@@ -126,6 +129,7 @@ def resolve(
         builder.slices,
         builder.calibration,
         builder.awaited,
+        evaluation,
     )
 
 
@@ -154,9 +158,16 @@ class _Builder:
         self.awaited: str | None = None
 
     def _calibration(self) -> Calibration | None:
-        if not calibrates(self.config):
+        if not calibrates(self.config) and self.config.evaluation.source is None:
             return None
         return Calibration(self.config, self.checkpoint, self.specs, self.graph, fetch=self.fetch)
+
+    def evaluation(self, targets: Iterable[FileTarget | CalibratedTarget]) -> Evaluation | None:
+        """The measuring of every model among the targets, where it is asked for."""
+        if self.calibration is None or self.config.evaluation.source is None:
+            return None
+        models = [t for t in targets if isinstance(t, FileTarget) or t.directory is not None]
+        return self.calibration.evaluation({t.name: t.action for t in models})
 
     def target(self, name: str, target: schema.Target) -> FileTarget | CalibratedTarget:
         if isinstance(target, schema.GgufTarget):

@@ -81,11 +81,23 @@ def result(document: Document) -> str:
         tally = [str(counts.get("run", 0)), str(counts.get("hit", 0))]
         bits = f"{target['bits_per_weight']:.2f}"
         rows.append([name, format_size(target["bytes"]), bits, *tally, seconds, *ram])
-    lines = [*table(rows), "", *(f"{_short(target['path'])}" for target in targets.values()), ""]
-    if not totals["computed"] and not any(t["verdicts"].get("run") for t in targets.values()):
+    paths = [_short(target["path"]) for target in targets.values()]
+    lines = [*table(rows), "", *_measured(document), *paths, ""]
+    ran = totals["computed"] or any(totals.get("actions", {}).values())
+    if not ran and not any(t["verdicts"].get("run") for t in targets.values()):
         return _text([*lines, "nothing to do"])
     moved = f"read {format_size(totals['read_bytes'])}, wrote {format_size(totals['written_bytes'])}"
     return _text([*lines, f"done in {duration(totals['wall_seconds'])}: {moved}"])
+
+
+def _measured(document: Document) -> list[str]:
+    """How far each target is from its source, where that was asked for."""
+    found = (document.get("evaluation") or {}).get("targets", {})
+    if not found:
+        return []
+    rows = [["target", "perplexity", "KL to source", "same first choice"]]
+    rows += [[n, f"{r['perplexity']:.3f}", f"{r['kl']:.4f}", f"{r['top1']:.1%}"] for n, r in found.items()]
+    return [*table(rows), ""]
 
 
 def error(document: Document) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "Config",
     "CtTarget",
     "DirectoryTarget",
+    "EvaluationConf",
     "GgufTarget",
     "GptqTarget",
     "GraphConf",
@@ -206,6 +207,17 @@ class CalibrationConf:
 
 
 @dataclass(frozen=True)
+class EvaluationConf:
+    """Perplexity, KL divergence to the source and first choices of every target."""
+
+    source: str | None = None  # as calibration.source; null: targets are not measured
+    samples: int = field(default=20, metadata=COUNT)  # windows of text
+    length: int = field(default=512, metadata=COUNT)  # tokens of a window
+    seed: int = 0
+    dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16", what="a type to compute in"))
+
+
+@dataclass(frozen=True)
 class BudgetConf:
     """A size (16GiB, 500MB, bytes) or ``auto``: what this machine has."""
 
@@ -234,6 +246,7 @@ class Config:
     model: Model = Model()
     targets: dict[str, Target] = field(default_factory=dict)
     calibration: CalibrationConf = CalibrationConf()
+    evaluation: EvaluationConf = EvaluationConf()
     budget: BudgetConf = BudgetConf()
     store: StoreConf = StoreConf()
     graph: GraphConf = GraphConf()

@@ -104,14 +104,18 @@ class Stage:
     # steps -----------------------------------------------------------------------------------------------------------
 
     def _tokens(self, step: Step, todo: list[Action]) -> float:
-        source, checkpoint = self.resolved.config.calibration.source, self.resolved.checkpoint
+        config, checkpoint, seconds = self.resolved.config, self.resolved.checkpoint, 0.0
         files = {name: path for name, path in checkpoint.aux.items() if name in tokens.TOKENIZER}
-        text = None if source == tokens.BUILTIN else source
-        task = tokens.Task(text, checkpoint.source, files, todo[0].params)
-        done = self.jobs.run(step.kind, step.label, task, step.ram)
-        self.cache.put(self._key(todo[0]), ActionResult(step.kind, (done.value,), done.seconds, done.peak))
-        self._note(todo[0].id, done.value)
-        return done.seconds
+        for action in todo:
+            conf = config.calibration if action.id == "tokens" else config.evaluation
+            use = "calibration" if action.id == "tokens" else "evaluation"
+            text = None if conf.source == tokens.BUILTIN else conf.source
+            task = tokens.Task(use, text, checkpoint.source, files, action.params)
+            done = self.jobs.run(step.kind, action.id, task, step.ram)
+            self.cache.put(self._key(action), ActionResult(step.kind, (done.value,), done.seconds, done.peak))
+            self._note(action.id, done.value)
+            seconds += done.seconds
+        return seconds
 
     def _statistics(self, step: Step, todo: list[Action]) -> float:
         every = [self.resolved.graph.actions[o.action] for o in self.calibration.statistics]

@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from qbuild.actions import directory, importance, solve, statistics, tokens
+from qbuild.actions import directory, evaluation, importance, solve, statistics, tokens
 from qbuild.budget import Budget, Remedy, refuse
 from qbuild.calibrated import CalibratedTarget, Calibration
 from qbuild.calibration import extent, shapes
+from qbuild.evaluation import footprint
 from qbuild.graph import Action, Source
 from qbuild.lower import PARENT_RAM
 from qbuild.recipe import Resolved
 
 BUILTIN_BYTES = 1 << 17  # of the text that comes with qbuild, about
 
-__all__ = ["Step", "missing", "steps"]
+__all__ = ["Step", "evaluations", "missing", "steps"]
 
 
 class State(Protocol):
@@ -45,6 +46,7 @@ def missing(resolved: Resolved, verdicts: Mapping[str, State]) -> list[str]:
     want: set[str] = set()
     stack = [t.action for t in resolved.targets if isinstance(t, CalibratedTarget)]
     stack += [resolved.awaited] if resolved.awaited else []
+    stack += [resolved.evaluation.tokens] if resolved.evaluation else []
     while stack:
         action = stack.pop()
         if action not in want and verdicts[action].state != "hit":
@@ -72,6 +74,31 @@ def steps(
         directory.KIND: planner.directories,
     }
     return tuple(make(todo[kind]) for kind, make in makers.items() if kind in todo)
+
+
+def evaluations(
+    resolved: Resolved, verdicts: Mapping[str, State], budget: Budget, rate: Callable[[str], float]
+) -> tuple[Step, ...]:
+    """What measuring the targets takes, after they are made. Raises BudgetRefused when it can never fit."""
+    asked = resolved.evaluation
+    todo = [] if asked is None else [name for name, a in asked.results.items() if verdicts[a].state != "hit"]
+    if not todo or resolved.calibration is None:
+        return ()
+    wanted, checkpoint = resolved.config.evaluation, resolved.checkpoint
+    text = footprint.Text(int(wanted.samples), int(wanted.length), wanted.dtype)
+    sizes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    files = any(t.name in todo for t in resolved.files)
+    ram = footprint.evaluation(checkpoint.config, sizes, text, dequantized=files)
+    label = f"evaluation of {len(todo)} targets"
+    if ram > budget.ram - PARENT_RAM:
+        needs = ram + PARENT_RAM
+        raised = Remedy("the least it runs in", needs, f"budget.ram={-(-needs // (1 << 20))}MiB")
+        raise refuse(label, "RAM", needs, budget.ram, [raised])
+    model = resolved.calibration.model
+    flops = 2.0 * model.weights * int(wanted.samples) * int(wanted.length) * (len(todo) + 1)
+    kept = footprint.states_bytes(checkpoint.config, text)
+    seconds = flops / rate("forward") / budget.threads + 4.0
+    return (Step(evaluation.RESULT, label, len(todo), ram, seconds, kept),)
 
 
 class _Planner:

@@ -177,6 +177,7 @@ JOBS = {
     "quant.layer": "qbuild.jobs.solve",
     "calibration.imatrix": "qbuild.jobs.importance",
     "checkpoint.directory": "qbuild.jobs.directory",
+    "evaluation.result": "qbuild.jobs.evaluation",
 }
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     "actions.",
     "schema calibrated recipe lower steps plan inspection",
     "jobs.",
-    "progress render report. worker running staged execute",
+    "progress render report. worker running staged measured execute",
     "fastpath cli.",
     "api __main__",
 ]

@@ -27,6 +27,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Task:
+    use: str  # calibration or evaluation
     source: str | None  # None: the built-in text
     model: str
     tokenizer: Mapping[str, Path]

@@ -26,6 +26,8 @@ def inputs(config: schema.Config, folders: tuple[Path, ...]) -> list[str] | None
     read = [t.imatrix for t in targets if t.imatrix and t.imatrix != AUTO]
     if calibrates(config) and config.calibration.source != BUILTIN:
         read.append(config.calibration.source)
+    if config.evaluation.source not in (None, BUILTIN):
+        read.append(config.evaluation.source)
     return [*found, *map(str, source), *(str(Path(file).expanduser()) for file in read)]
 
 

@@ -20,6 +20,7 @@ def run(task: Task, store: Store, emit: Emit) -> Digest:
     tokenizer = load_tokenizer(task.tokenizer, task.model)
     shape = Shape(task.params.samples, task.params.length, task.params.seed)
     packed = windows(documents(task.source), tokenizer, shape)
-    text = "the text that comes with qbuild (calibration.source names another)" if task.source is None else task.source
-    emit({"event": "message", "level": "info", "text": f"calibration on {text}: {packed.notice}"})
+    builtin = f"the text that comes with qbuild ({task.use}.source names another)"
+    said = f"{task.use} on {task.source or builtin}: {packed.notice}"
+    emit({"event": "message", "level": "info", "text": said})
     return store.put_bytes(packed.to_bytes())

@@ -97,7 +97,7 @@ def test_directories_hold_what_their_config_says(build: Build, model: Path) -> N
 
 def test_shards_that_a_build_no_longer_has_go(build: Build) -> None:
     sharded = Path(
-        build("target=gptq/w4_g64", "targets.gptq_w4_g64.max_shard_size=500kB")["targets"]["gptq_w4_g64"]["path"]
+        build("target=gptq/w4_g64", "targets.gptq_w4_g64.max_shard_size=500KB")["targets"]["gptq_w4_g64"]["path"]
     )
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     (sharded / "notes.txt").write_text("mine")
@@ -148,6 +148,18 @@ def test_a_plan_counts_one_pass_and_reads_no_weights(attempt: Callable[..., Done
     steps = {step["kind"]: step["count"] for step in done.document["steps"]}
     assert steps == ONCE | {"quant.layer": 3, "calibration.imatrix": 1, "checkpoint.directory": 1}
     assert done.document["predicted"]["ram"] > 100 << 20
+
+
+def test_targets_are_measured_against_their_source_once(build: Build, text: Path) -> None:
+    words = [f"evaluation.source={text}", "evaluation.samples=3", "evaluation.length=64"]
+    made = build("target=[gguf/q8_0,gguf/q2_k,awq/w4_g64]", *words)
+    assert actions(made)["evaluation.result"] == 3
+    found = made["evaluation"]["targets"]
+    assert 0 <= found["q8_0"]["kl"] < 0.01 < found["q2_k"]["kl"]
+    assert found["awq_w4_g64"]["tokens"] == 3 * 64
+    again = build("target=[gguf/q8_0,gguf/q2_k,gguf/q4_0]", *words)
+    assert actions(again) == {"evaluation.result": 1}
+    assert again["evaluation"]["targets"]["q2_k"] == found["q2_k"]
 
 
 # refusals ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""Targets against their source, on text: one pass of the source, one of each target."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+
+import torch
+
+from qbuild.actions.evaluation import RESULT, STATES, Target, Task
+from qbuild.cache import ActionCache, ActionResult
+from qbuild.calibration.tokens import Packed
+from qbuild.checkpoint import Reader, open_gguf
+from qbuild.digest import Digest
+from qbuild.errors import StoreError
+from qbuild.evaluation import readers
+from qbuild.evaluation import run as evaluator
+from qbuild.evaluation.readers import Tensors
+from qbuild.jobs import Emit, needed
+from qbuild.store import Store
+
+__all__ = ["run"]
+
+
+def run(task: Task, store: Store, emit: Emit) -> dict[str, Digest]:
+    """Digests of the results by target; each is cached at once."""
+    cache, began = ActionCache(store), time.monotonic()
+    ids = Packed.from_bytes(needed(store, task.tokens)).ids
+    wanted = evaluator.Task(task.checkpoint.config, ids, task.params.dtype, task.params.device, task.threads)
+    made: dict[str, Digest] = {}
+
+    def progress(done: int, current: str) -> None:
+        times = {"read": 0.0, "hash": time.monotonic() - began}
+        emit({"event": "progress", "tensors": done, "bytes": done, "current": current, "seconds": times})
+
+    with Reader(task.checkpoint.files) as reader:
+        source = readers.safetensors(task.checkpoint, reader)
+        states = _states(task, wanted, source, store, cache)
+        progress(1, "the source")
+        for number, target in enumerate(task.targets, start=2):
+            start = time.monotonic()
+            with ExitStack() as stack:
+                result = evaluator.evaluate(wanted, source, states, _target(target, task, source, store, stack))
+            made[target.name] = store.put_bytes(json.dumps(result.to_json()).encode())
+            cache.put(target.key, ActionResult(RESULT, (made[target.name],), time.monotonic() - start))
+            progress(number, target.name)
+    return made
+
+
+def _states(task: Task, wanted: evaluator.Task, source: Tensors, store: Store, cache: ActionCache) -> torch.Tensor:
+    dtype = getattr(torch, task.params.dtype)
+    if task.states is not None:
+        found = torch.frombuffer(bytearray(needed(store, task.states)), dtype=dtype)
+        return found.view(*wanted.tokens.shape, -1)
+    began = time.monotonic()
+    states = evaluator.states(wanted, source)
+    digest = store.put_bytes(memoryview(states.view(torch.uint8).numpy().reshape(-1)))
+    cache.put(task.key, ActionResult(STATES, (digest,), time.monotonic() - began))
+    return states
+
+
+def _target(target: Target, task: Task, source: Tensors, store: Store, stack: ExitStack) -> Tensors:
+    paths = []
+    for digest in target.digests:
+        path = store.path(digest)
+        if path is None:
+            raise StoreError(str(store.root), f"{digest} is gone or damaged", "run again: it is made anew")
+        paths.append(path)
+    shapes = {name: tensor.shape for name, tensor in task.checkpoint.tensors.items()}
+    if target.scheme is not None:
+        return readers.packed(paths, shapes, target.scheme)
+    file = open_gguf(paths[0], str(paths[0]))
+    reader = stack.enter_context(Reader(file.files))
+    return readers.gguf(file, reader, target.specs, shapes, source.read)

@@ -1,0 +1,73 @@
+"""The last part of a build: how far each target is from its source, on text that ``evaluation.source`` names."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qbuild.actions import directory, evaluation
+from qbuild.calibrated import CalibratedTarget
+from qbuild.plan import Plan
+from qbuild.running import Jobs
+from qbuild.store import Store
+
+__all__ = ["measure"]
+
+
+def measure(made: Plan, jobs: Jobs) -> dict[str, Any] | None:
+    """The part of ``build.json`` called evaluation; None where none is asked for. What is stored is not run again.
+
+    ``made`` is a plan whose targets are stored.
+    """
+    asked = made.resolved.evaluation
+    if asked is None:
+        return None
+    todo = {name: action for name, action in asked.results.items() if made.verdicts[action].state != "hit"}
+    if todo:
+        tokens = made.verdicts[asked.tokens]
+        states = made.verdicts[asked.states]
+        targets = tuple(_target(made, name, action) for name, action in todo.items())
+        params = made.resolved.graph.actions[asked.states].params
+        task = evaluation.Task(
+            made.resolved.checkpoint,
+            tokens.outputs[0],
+            params,
+            states.outputs[0] if states.state == "hit" else None,
+            _key(made, asked.states),
+            targets,
+            made.budget.threads,
+        )
+        step = next(step for step in made.after if step.kind == evaluation.RESULT)
+        count = len(targets) + 1
+        with jobs.progress(f"{made.resolved.name}: evaluation", count, count, "models"):
+            found = jobs.run(evaluation.RESULT, step.label, task, step.ram).value
+    else:
+        found = {}
+    digests = {n: found.get(n) or made.verdicts[a].outputs[0] for n, a in asked.results.items()}
+    conf = made.resolved.config.evaluation
+    results = {name: _read(made.store, digest) for name, digest in digests.items()}
+    return {"source": conf.source, "length": conf.length, "dtype": conf.dtype, "targets": results}
+
+
+def _key(made: Plan, action: str) -> str:
+    key = made.verdicts[action].key
+    if key is None:
+        raise RuntimeError(f"BUG: {action} is to run but its key is unknown: {made.verdicts[action].why}")
+    return key
+
+
+def _target(made: Plan, name: str, action: str) -> evaluation.Target:
+    target = next(t for t in made.resolved.targets if t.name == name)
+    digests, scheme = made.verdicts[target.action].outputs[:1], None
+    if isinstance(target, CalibratedTarget):
+        files = directory.files(made.store.read_bytes(digests[0]) or b"{}")
+        digests, scheme = tuple(d for n, d in sorted(files.items()) if n.endswith(".safetensors")), target.scheme
+    specs = tuple(made.resolved.specs.values()) if scheme is None else ()
+    return evaluation.Target(name, _key(made, action), digests, specs, scheme)
+
+
+def _read(store: Store, digest: Any) -> dict[str, Any]:
+    data = store.read_bytes(digest)
+    if data is None:
+        raise RuntimeError(f"BUG: the result {digest} was stored and is gone")
+    return dict(json.loads(data))
