@@ -12,12 +12,14 @@ from pathlib import Path
 from safetensors import safe_open
 
 from qbuild.backends.environment import Environment, variables
-from qbuild.errors import ActionFailed
+from qbuild.errors import ActionFailed, ConfigError
 from qbuild.quant.shapes import Scheme, packed, scheme_of
 
-__all__ = ["Made", "Request", "check", "run"]
+__all__ = ["Made", "Request", "check", "run", "suit"]
 
 DRIVERS = Path(__file__).parent / "drivers"
+LAYOUTS = {"autoawq": ("awq-gemm",), "auto_gptq": ("gptq",), "gptqmodel": ("gptq", "gptq_v2")}
+ON_CUDA_ONLY = {"auto_gptq"}
 WORDS = 6  # lines of a log that an error repeats
 
 
@@ -40,8 +42,22 @@ class Made:
     peak_ram: int
 
 
+def suit(backend: str, scheme: Scheme, device: str, place: str) -> None:
+    """ConfigError where a backend cannot make what is asked, ``place`` being the target: for a plan to ask."""
+    if scheme.layout not in LAYOUTS[backend]:
+        others = [name for name, layouts in LAYOUTS.items() if scheme.layout in layouts]
+        raise ConfigError(
+            place, f"{backend} does not make {scheme.layout}", f"backend={' or '.join(['native', *others])}"
+        )
+    if device == "cpu" and backend in ON_CUDA_ONLY:
+        raise ConfigError(
+            place, f"{backend} quantizes on CUDA only, the device is cpu", "device=cuda, or backend=native"
+        )
+
+
 def run(environment: Environment, request: Request, out: Path, scratch: Path) -> Made:
     """Quantize into ``out``, a directory that does not exist yet; ``scratch`` is an empty folder for what goes between.
+    Tokenizer and generation files are left to the caller: not every library copies them.
 
     ActionFailed with the library's last words where it fails; its whole log is ``scratch/log.txt`` until then.
     """

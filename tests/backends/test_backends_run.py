@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from qbuild.backends import run as module
 from qbuild.backends.environment import Environment
-from qbuild.backends.run import Request, check, run
-from qbuild.errors import ActionFailed
+from qbuild.backends.run import Request, check, run, suit
+from qbuild.errors import ActionFailed, ConfigError
 from qbuild.quant.shapes import Scheme, packed, quantization_config
 
 SCHEME = Scheme("gptq", 4, 64, True)
@@ -105,3 +105,24 @@ def test_an_output_of_another_shape_is_not_believed(tmp_path: Path) -> None:
     out = output(tmp_path / "out")
     with pytest.raises(ActionFailed, match=r"qweight as I32 \[16, 64\], not I32 \[32, 64\]"):
         check(out, SCHEME, {"model.layers.0.mlp.up_proj": (64, 256)}, "targets.t")
+
+
+@pytest.mark.parametrize(
+    ("backend_name", "layout", "device", "said", "remedy"),
+    [
+        ("autoawq", "gptq", "cuda", "does not make gptq", "backend=native or auto_gptq or gptqmodel"),
+        ("gptqmodel", "pack-quantized", "cuda", "does not make pack-quantized", "backend=native"),
+        ("auto_gptq", "gptq", "cpu", "on CUDA only", "device=cuda, or backend=native"),
+    ],
+)
+def test_what_a_backend_cannot_make_is_refused_before_it_is_installed(
+    backend_name: str, layout: str, device: str, said: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as refused:
+        suit(backend_name, Scheme(layout, 4, 64, True), device, "targets.t")
+    assert (refused.value.place, refused.value.remedy) == ("targets.t", remedy)
+
+
+def test_what_a_backend_makes_is_not_refused() -> None:
+    suit("gptqmodel", Scheme("gptq_v2", 4, 64, False), "cpu", "targets.t")
+    suit("auto_gptq", SCHEME, "cuda", "targets.t")
