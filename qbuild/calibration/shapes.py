@@ -13,7 +13,7 @@ __all__ = ["BASE", "Linear", "Step", "forward_footprint", "gram_bytes", "linears
 
 BASE = 440 << 20  # torch, transformers, and a model without weights
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-ACTIVATIONS_HIDDEN, ACTIVATIONS_WIDE = 2, 3  # tensors of a window alive at once, of these widths
+ACTIVATIONS_HIDDEN, ACTIVATIONS_WIDE = 4, 3  # tensors of a window alive at once, of these widths
 TOGETHER = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up",
     "w1": "w13", "w3": "w13",
@@ -70,6 +70,7 @@ class Step:
     gram: bool = True
     spill: bool = False
     stored: int = 2
+    threads: int = 1
 
 
 def state_bytes(config: Mapping[str, Any], step: Step) -> int:
@@ -91,9 +92,10 @@ def forward_footprint(
     hidden = int(text_config(config)["hidden_size"])
     widest = max((linear.inputs for linear in found), default=hidden)
     window = step.length * item
-    activations = window * (ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_WIDE * widest)
+    alive = window * (ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_WIDE * widest)
     if item != 4:
-        activations += 4 * step.length * 2 * widest  # what is summed is widened first
+        alive += 4 * step.length * (ACTIVATIONS_HIDDEN * hidden + widest)  # what is summed is widened first
+    activations = min(step.threads, step.windows) * alive  # a window a thread
     grams = gram_bytes(found) if step.gram else 0
     states = window * hidden * 2 if step.spill else state_bytes(config, step) + window * hidden
     reading = step.stored * max(map(prod, shapes), default=0)
