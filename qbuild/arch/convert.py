@@ -92,6 +92,7 @@ NUMBER = re.compile(r"\.(0|[1-9]\d*)\.")  # of an expert
 
 # What llama.cpp's converter leaves out of every text model: buffers, and the parts that see and hear.
 BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # of the first GPT-2 files, at which the converter stops
 OTHER_STARTS = (
     "mlp", "vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler.", "sound_encoder.", "sound_projection.",
     "speech_embeddings.",
@@ -107,7 +108,9 @@ def _text_name(name: str, rules: Family) -> str | None:
     """A tensor's name as a text model has it, or None for what does not belong to the text model."""
     if name.endswith(BUFFERS) or name.startswith(OTHER_STARTS) or any(part in name for part in OTHER_PARTS):
         return None
-    name = name.replace("language_model.", "").replace("text_model.", "")
+    if MASK.fullmatch(name.removeprefix("transformer.")):
+        return None
+    name = name.removeprefix(rules.above).replace("language_model.", "").replace("text_model.", "")
     return None if name.startswith(rules.dropped) else name
 
 
@@ -238,6 +241,8 @@ class _Converter:
         yield from (Piece(source.name, at, at + rank) for at in heads)
 
     def _transform(self, row: Row) -> Transform:
+        if row.change == "transpose":
+            return Transform("transpose", self.shapes.of(row, -1)[0])
         if row.change == "k_b":
             return Transform("transpose", self.shapes.size["r"])
         if row.change in ("permute_q", "permute_k"):
@@ -247,7 +252,7 @@ class _Converter:
         return Transform(row.change) if row.change == "add_one" else Transform()
 
 
-ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight")
+ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight", "position_embd.weight")
 
 
 def _by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:

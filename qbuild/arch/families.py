@@ -6,7 +6,7 @@ A row is one tensor of the GGUF file. Its shape is written in letters, one for e
     e experts   m feed-forward of an expert   s of the shared expert   b query, key and value rows in one
     F two times f
     p of one layer's own embedding, P of all layers, V its tokens   M two times m   H two times h
-    n query heads   g key-value heads   l taps of a convolution   c rows of its input, three times h
+    z positions   n query heads   g key-value heads   l taps of a convolution   c rows of its input, three times h
 
 Of multi-head latent attention:
 
@@ -52,6 +52,8 @@ class Family:
     layer: tuple[Row, ...]
     outer: tuple[Row, ...]
     prefix: str = "model.layers."
+    above: str = ""  # what some checkpoints write ahead of all names
+    aliases: Mapping[str, str] = field(default_factory=dict)  # a config key as it is known here -> the family's own
     dropped: tuple[str, ...] = ()  # how names of tensors begin that are left out
     rope: str = ""  # which generated tensors of rope factors it may have: llama3, longrope, proportional
     refused: tuple[str, ...] = ()  # config keys that must not be set (!key: must be): llama.cpp stops there too
@@ -297,6 +299,24 @@ BAILING_LAYER = (
     *NEXT[:3],
     Row("final_layernorm.weight", "layer_output_norm.weight", "h", "next"),
 )
+GPT2_LAYER = (  # its matrices are [inputs, outputs]
+    *_norms({"ln_1": "attn_norm", "ln_2": "ffn_norm"}, ""),
+    Row("attn.c_attn.weight", "attn_qkv.weight", "ch", "", "transpose", source="hc"),
+    Row("attn.c_attn.bias", "attn_qkv.bias", "c"),
+    Row("attn.c_proj.weight", "attn_output.weight", "hh", "", "transpose", source="hh"),
+    Row("attn.c_proj.bias", "attn_output.bias", "h"),
+    Row("mlp.c_fc.weight", "ffn_up.weight", "fh", "", "transpose", source="hf"),
+    Row("mlp.c_fc.bias", "ffn_up.bias", "f"),
+    Row("mlp.c_proj.weight", "ffn_down.weight", "hf", "", "transpose", source="fh"),
+    Row("mlp.c_proj.bias", "ffn_down.bias", "h"),
+)
+GPT2_OUTER = (
+    Row("wte.weight", "token_embd.weight", "vh"),
+    Row("wpe.weight", "position_embd.weight", "zh"),
+    Row("ln_f.weight", "output_norm.weight", "h"),
+    Row("ln_f.bias", "output_norm.bias", "h"),
+    HEAD,
+)
 GEMMA4_LAYER = (
     *FOUR_NORMS,
     Row("self_attn.q_proj.weight", "attn_q.weight", "qh"),
@@ -534,6 +554,20 @@ FAMILIES: dict[str, Family] = {
         (*STABLE_NORMS, *_attention("use_qkv_bias", "?"), *_mlp()),
         (*OUTER, NORM_BIAS),
         refused=("qk_layernorm",),
+    ),
+    "GPT2LMHeadModel": Family(
+        "gpt2",
+        GPT2_LAYER,
+        GPT2_OUTER,
+        prefix="h.",
+        above="transformer.",
+        aliases={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+        },
+        defaults={"tie_word_embeddings": True},
     ),
     "GPTNeoXForCausalLM": Family(
         "gptneox", NEOX, NEOX_OUTER, prefix="gpt_neox.layers.", defaults={"attention_bias": True}

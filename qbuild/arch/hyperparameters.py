@@ -85,6 +85,14 @@ OWN["phi3"] = (
     ("rope_freq_base", "rope_theta"),
     ("sliding_window", "sliding_window"),
 )
+OWN["gpt2"] = (
+    ("block_count", "n_layer"),
+    ("context_length", "n_ctx"),
+    ("embedding_length", "n_embd"),
+    ("feed_forward_length", "feed_forward_length"),
+    ("head_count", "n_head"),
+    ("layer_norm_eps", "layer_norm_epsilon"),
+)
 OWN["phimoe"] = (*OWN["phi3"], ("expert_used_count", "num_experts_per_tok"), ("expert_count", "num_local_experts"))
 OWN["phi2"] = (
     ("context_length", "max_position_embeddings"),
@@ -540,6 +548,10 @@ def _gemma(config: Values, _: Values) -> Values:
     return {"num_key_value_heads": config.get("num_key_value_heads", config["num_attention_heads"])}
 
 
+def _gpt2(config: Values, _: Values) -> Values:
+    return {"feed_forward_length": 4 * config["n_embd"]}
+
+
 def _phi2(config: Values, rope: Values) -> Values:
     """The converter takes four times the hidden size for granted, whatever intermediate_size says."""
     return {
@@ -611,6 +623,7 @@ DERIVED: dict[str, Extra] = {
     "gemma2": _gemma,
     "stablelm": _stablelm,
     "gptneox": _gptneox,
+    "gpt2": _gpt2,
     "phi2": _phi2,
     "phi3": _phi3,
     "phimoe": _phi3,

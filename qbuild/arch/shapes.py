@@ -51,6 +51,7 @@ def family(config: Mapping[str, Any], place: str) -> Family:
 def settings(config: Mapping[str, Any], rules: Family) -> dict[str, Any]:
     """A config.json with its text part at the root and the defaults it leaves out; null counts as left out."""
     merged = {**config, **text_part(config)}
+    merged |= {ours: merged[theirs] for ours, theirs in rules.aliases.items() if theirs in merged}
     return {**rules.defaults, **{k: v for k, v in merged.items() if v is not None}}
 
 
@@ -102,6 +103,8 @@ def _layer_sizes(config: Mapping[str, Any], size: Mapping[str, int]) -> Iterator
 def feed_forward(config: Mapping[str, Any]) -> int:
     """The width of the feed-forward. LFM2 gives one that it takes two thirds of, times a factor, rounded up."""
     width: int | None = find(config, "block_ff_dim", "intermediate_size")
+    if width is None and "n_embd" in config:
+        return 4 * int(config["n_embd"])
     if width is None:
         raise KeyError("intermediate_size")
     if not config.get("block_auto_adjust_ff_dim"):
@@ -160,6 +163,7 @@ class Shapes:
         p = config.get("hidden_size_per_layer_input", 0)
         size |= {"p": p, "P": p * config["num_hidden_layers"], "M": 2 * m}
         size |= {"V": config.get("vocab_size_per_layer_input", size["v"])}
+        size |= {"z": config.get("n_positions", 0)}
         size |= {"l": config.get("conv_L_cache", 0), "c": 3 * hidden, "H": 2 * hidden}
         return size | {"b": size["q"] + 2 * size["k"], "F": 2 * ff}
 

@@ -33,6 +33,7 @@ WEIGHED = {  # what is also made with an importance matrix, each expert of a sta
     "qwen3moe-fused": ("Q4_0", "IQ3_M"),
     "granite-moe-shared": ("Q4_K_M", "IQ4_NL"),
     "deepseek2-lite": ("Q4_0",),
+    "gpt2": ("Q4_1",),
 }
 BASE = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -94,6 +95,11 @@ def bpe(architecture: str, model_type: str, **over: Any) -> dict[str, Any]:
     return family(architecture, model_type, **NARROW | over, _tokenizer=BPE)
 
 
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4, "n_ctx": 64,
+    "n_positions": 64, "vocab_size": 46592, "layer_norm_epsilon": 1e-5, "bos_token_id": 1, "eos_token_id": 1,
+    "torch_dtype": "float32", "_dtypes": ("F32",), "_tokenizer": BPE, "_plain": True,
+}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama-mlp-bias": family("LlamaForCausalLM", "llama", mlp_bias=True, attention_bias=True),
     "llama-mixed-dtypes": family("LlamaForCausalLM", "llama", _dtypes=("F32", "F16", "BF16")),
@@ -390,13 +396,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "GPTNeoXForCausalLM", "gpt_neox", num_key_value_heads=None, layer_norm_eps=1e-5, rotary_pct=0.25,
         use_parallel_residual=True, hidden_act="gelu", _bare=True,
     ),
+    "gpt2": GPT2,
+    "gpt2-saved-again": {**GPT2, "n_inner": 512, "_prefix": "transformer."},
     "starcoder2": bpe("Starcoder2ForCausalLM", "starcoder2", norm_epsilon=1e-5, use_bias=True, sliding_window=1024),
 }  # fmt: skip
 
 
 def configuration(name: str) -> dict[str, Any]:
     over = VARIANTS[name]
-    base = {} if {"text_config", "llm_config"} & over.keys() else BASE
+    base = {} if {"text_config", "llm_config", "_plain"} & over.keys() else BASE
     return {k: v for k, v in (base | over).items() if v is not None and not k.startswith("_")}
 
 

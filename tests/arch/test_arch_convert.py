@@ -148,6 +148,12 @@ def test_buffers_and_the_seeing_part_are_left_out() -> None:
     assert tensor_specs(more) == tensor_specs(plain)
 
 
+def test_the_masks_in_the_first_gpt2_files_are_left_out() -> None:
+    plain = planned("gpt2")
+    masked = with_tensor(plain, "h.0.attn.bias", (1, 1, 64, 64), "F32")
+    assert tensor_specs(masked) == tensor_specs(plain)
+
+
 def test_experts_are_stacked_in_their_numbers_order_however_names_sort() -> None:
     specs = {s.name: s for s in tensor_specs(planned("mixtral", num_local_experts=12))}
     pieces = [piece.source for piece in specs["blk.1.ffn_down_exps.weight"].pieces]
