@@ -144,6 +144,8 @@ class _Converter:
         above = "model." if self.shapes.headless else ""
         named = ((_text_name(above + tensor.name, self.rules), tensor) for tensor in checkpoint.tensors.values())
         self.tensors = {name: tensor for name, tensor in named if name}
+        if self.rules.one_head and self.config.get("tie_word_embeddings"):
+            self.tensors.pop("lm_head.weight", None)
         self.shapes.fused = any(name.endswith("mlp.experts.down_proj") for name in self.tensors)
         self.matrix = _matrix_type(self.tensors.values(), outtype)
         self.waiting: dict[str, int] = {}  # a layer's stacks -> how many of their tensors were seen

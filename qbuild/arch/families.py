@@ -58,6 +58,7 @@ class Family:
     rope: str = ""  # which generated tensors of rope factors it may have: llama3, longrope, proportional
     refused: tuple[str, ...] = ()  # config keys that must not be set (!key: must be): llama.cpp stops there too
     real_rows: bool = False  # the embedding loses its rows beyond the tokenizer's vocabulary
+    one_head: bool = False  # a head that is there although it is tied is left out
     spare_layers: bool = False  # layers beyond the last (they predict several tokens) are left out
     next_layers: bool = False  # or they are converted, as many as num_nextn_predict_layers says
     kinds: tuple[str, ...] = ()  # what layer_types may say, where it decides what a layer is made of
@@ -378,6 +379,7 @@ DEEPSEEK2 = Family(
     "deepseek2",
     (*LLAMA_NORMS, *LATENT_ATTENTION, *_no_bias(_mlp("", "dense")), *DEEPSEEK_EXPERTS),
     OUTER,
+    one_head=True,
     spare_layers=True,
     one_kv_head=True,
 )
@@ -468,6 +470,7 @@ FAMILIES: dict[str, Family] = {
             *_no_bias(_mlp()),
         ),
         OUTER,
+        one_head=True,
     ),
     "Exaone4ForCausalLM": Family(
         "exaone4", (*OLMO_NORMS, *_no_bias(_attention("", "")), *HEAD_NORMS, *_no_bias(_mlp())), OUTER, rope="llama3"

@@ -36,12 +36,9 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def family(config: Mapping[str, Any], place: str) -> Family:
     """The row for a configuration's architecture. Unknown: InputError that names the nearest."""
     names = text_part(config).get("architectures") or config.get("architectures") or []
-    for name in names:
-        if name in FAMILIES:
-            found = FAMILIES[name]
-            return (
-                found if found.without_experts is None or config.get("num_experts_per_tok") else found.without_experts
-            )
+    found = next((FAMILIES[name] for name in names if name in FAMILIES), None)
+    if found is not None:
+        return found.without_experts if found.without_experts and not config.get("num_experts_per_tok") else found
     wanted = names[0] if names else str(config.get("model_type", "nothing named"))
     near = difflib.get_close_matches(wanted, FAMILIES, 3, 0.3)
     remedy = (f"nearest: {', '.join(near)}; " if near else "") + "docs/families.md lists all; " + CONVERT_ELSEWHERE
@@ -154,18 +151,16 @@ class Shapes:
     def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
         n, hidden, ff = config["num_attention_heads"], config["hidden_size"], feed_forward(config)
         g, d = config.get("num_key_value_heads", n), config.get("head_dim", hidden // n)
-        size = {"h": hidden, "f": ff, "v": config["vocab_size"], "n": n, "g": g, "d": d, "q": n * d, "k": g * d, "1": 1}
-        size["e"] = find(config, *EXPERTS) or 0
-        m = config.get("moe_intermediate_size", ff)
-        size |= {"m": m, "s": find(config, *SHARED) or m * (find(config, *SHARED_COUNT) or 0) or ff}
-        if "kv_lora_rank" in config:
-            size |= _latent_sizes(config)
-        p = config.get("hidden_size_per_layer_input", 0)
-        size |= {"p": p, "P": p * config["num_hidden_layers"], "M": 2 * m}
-        size |= {"V": config.get("vocab_size_per_layer_input", size["v"])}
-        size |= {"z": config.get("n_positions", 0)}
-        size |= {"l": config.get("conv_L_cache", 0), "c": 3 * hidden, "H": 2 * hidden}
-        return size | {"b": size["q"] + 2 * size["k"], "F": 2 * ff}
+        m, p = config.get("moe_intermediate_size", ff), config.get("hidden_size_per_layer_input", 0)
+        shared, vocabulary = m * (find(config, *SHARED_COUNT) or 0), config["vocab_size"]
+        size = {
+            "h": hidden, "H": 2 * hidden, "c": 3 * hidden, "f": ff, "F": 2 * ff, "v": vocabulary, "1": 1,
+            "n": n, "g": g, "d": d, "q": n * d, "k": g * d, "b": (n + 2 * g) * d,
+            "e": find(config, *EXPERTS) or 0, "m": m, "M": 2 * m, "s": find(config, *SHARED) or shared or ff,
+            "p": p, "P": p * config["num_hidden_layers"], "V": config.get("vocab_size_per_layer_input", vocabulary),
+            "z": config.get("n_positions", 0), "l": config.get("conv_L_cache", 0),
+        }  # fmt: skip
+        return size | (_latent_sizes(config) if "kv_lora_rank" in config else {})
 
     def of(self, row: Row, layer: int) -> tuple[int, ...]:
         """The shape of a row's tensor in the GGUF file; ``layer`` as for ``names``."""

@@ -259,7 +259,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", head_dim=32, eod_token_id=2, max_position_embeddings=32768,
         rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1,
                       "mscale": 1.0, "mscale_all_dim": 1.0},
-        tie_word_embeddings=True,
+        tie_word_embeddings=True, _extra={"lm_head.weight": (46592, 128)},
     ),
     "exaone4": bpe(
         "Exaone4ForCausalLM", "exaone4", head_dim=32, sliding_window=512, sliding_window_pattern="LLLG",
