@@ -64,7 +64,7 @@ def measured(checkpoint: Checkpoint, prefix: str = "model.layers.") -> list[Stat
 def numbers(checkpoint: Checkpoint, layers: list[Statistics]) -> dict[str, list[str]]:
     """By GGUF name, the checkpoint's linear of every matrix."""
     names = {read.count: read.name for layer in layers for read in layer.inputs}
-    found = entries(tensor_specs(checkpoint), sizes(checkpoint), layers)
+    found = entries(tensor_specs(checkpoint), layers)
     for sums, counts in found.values():
         assert (sums == counts[:, None]).all()
     return {weight: [names[int(count)] for count in counts] for weight, (_, counts) in found.items()}
@@ -80,7 +80,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     task = Pass(tiny.config, sizes(tiny), ids, 0, 2, tmp_path_factory.mktemp("states"), gram=False)
     weights = safetensors.torch.load_file(DATA / "tiny-llama" / "model.safetensors")
     calibrate(task, weights.__getitem__, lambda _layer, data, _seconds: layers.append(Statistics.from_bytes(data)))
-    return dump(entries(tensor_specs(tiny), sizes(tiny), layers), ["text.txt"], len(ids), 64)
+    return dump(entries(tensor_specs(tiny), layers), ["text.txt"], len(ids), 64)
 
 
 def test_the_file_is_llama_imatrix_s_but_for_rounding(ours: bytes, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_expert_without_tokens_counts_none_and_its_columns_are_equal(tmp_path
     first, second = measured(mixtral)
     reached = tuple(read for read in first.inputs if not read.name.startswith(lost))
     first = replace(first, inputs=reached, unreached=(f"{lost}w1", f"{lost}w2", f"{lost}w3"))
-    found = entries(tensor_specs(mixtral), sizes(mixtral), [first, second])
+    found = entries(tensor_specs(mixtral), [first, second])
     sums, counts = found["blk.0.ffn_down_exps.weight"]
     assert counts[1] == 0
     assert counts[0] > 0 < counts[2]
@@ -184,6 +184,6 @@ def test_an_expert_without_tokens_counts_none_and_its_columns_are_equal(tmp_path
 def test_a_weight_that_nothing_was_measured_for_has_no_entry() -> None:
     llama = model("LlamaForCausalLM")
     first = measured(llama)[:1]
-    found = entries(tensor_specs(llama), sizes(llama), first)
+    found = entries(tensor_specs(llama), first)
     assert len(found) == 7
     assert all(name.startswith("blk.0.") for name in found)
