@@ -17,6 +17,9 @@ from qbuild.plan import Judge, Plan, Verdict
 from qbuild.running import Jobs
 from qbuild.steps import Step, missing
 
+MEASURABLE = 1e12  # operations: with fewer, starting up is what one measures
+RATES = {statistics.KIND: "forward", solve.KIND: "solve"}
+
 __all__ = ["KINDS", "Stage", "hash_sources"]
 
 KINDS = frozenset((tokens.KIND, statistics.KIND, solve.KIND, importance.KIND, directory.KIND))
@@ -77,7 +80,9 @@ class Stage:
         for step in self.plan.steps:
             todo = [actions[a] for a in self._missing() if actions[a].kind == step.kind]
             if todo:
-                self.seconds[step.kind] = runners[step.kind](step, todo)
+                self.seconds[step.kind] = seconds = runners[step.kind](step, todo)
+                if step.work > MEASURABLE:
+                    self.cache.note_rate(RATES[step.kind], step.work / seconds / self.plan.budget.threads)
                 self._settle()
 
     def _settle(self) -> None:

@@ -39,6 +39,7 @@ class Step:
     temporary: int = 0
     vram: int = 0
     spill: bool = False
+    work: float = 0.0  # floating-point operations, where a rate of this machine tells the seconds
 
 
 def missing(resolved: Resolved, verdicts: Mapping[str, State]) -> list[str]:
@@ -140,7 +141,7 @@ class _Planner:
         flops = sum(layer.flops(detail) for layer in self.model.layers[:last]) * samples * length
         seconds = flops / self.rate("forward") / self.budget.threads + 4.0
         label = f"calibration of {len(todo)} layers"
-        return Step(statistics.KIND, label, len(todo), needs[spill], seconds, kept, states, spill=spill)
+        return Step(statistics.KIND, label, len(todo), needs[spill], seconds, kept, states, spill=spill, work=flops)
 
     def _forward(self, samples: int, spill: bool) -> int:
         wanted, tensors = self.resolved.config.calibration, self.resolved.checkpoint.tensors
@@ -164,7 +165,7 @@ class _Planner:
         work = sum(layer.solve_flops(params.rounding, scaled=params.scaled) for layer, params in layers)
         kept = sum(layer.code_bytes(params.bits, params.group_size) for layer, params in layers)
         seconds = work / self.rate("solve") / self.budget.threads + 3.0
-        return Step(solve.KIND, label, len(todo), ram, seconds, kept)
+        return Step(solve.KIND, label, len(todo), ram, seconds, kept, work=work)
 
     def matrix(self, todo: list[Action]) -> Step:
         ram = importance.RAM + 2 * max(layer.statistics_bytes(self.calibration.detail) for layer in self.model.layers)
