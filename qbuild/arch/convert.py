@@ -291,6 +291,9 @@ def _rope_tensors(rules: Family, config: Mapping[str, Any], place: str) -> list[
     rope = _rope(config)
     if rules.rope == "llama3" and rope["rope_type"] == "llama3":
         return [_generated("rope_freqs.weight", _llama3_factors(config, rope))]
+    if rules.rope == "!llama3" and rope["rope_type"] == "llama3":
+        fact = f"{rules.arch} with a rope scaling of Llama 3 is not supported"
+        raise InputError(place, fact, "llama.cpp's converter stops too")
     if rules.rope == "proportional":
         return [_generated("rope_freqs.weight", _proportional_factors(config, rope))]
     if rules.rope == "longrope" and rope.get("long_factor"):

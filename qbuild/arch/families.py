@@ -55,7 +55,9 @@ class Family:
     above: str = ""  # what some checkpoints write ahead of all names
     aliases: Mapping[str, str] = field(default_factory=dict)  # a config key as it is known here -> the family's own
     dropped: tuple[str, ...] = ()  # how names of tensors begin that are left out
-    rope: str = ""  # which generated tensors of rope factors it may have: llama3, longrope, proportional
+    rope: str = (
+        ""  # which generated tensors of rope factors it may have: llama3 (!llama3: stops there), longrope, proportional
+    )
     refused: tuple[str, ...] = ()  # config keys that must not be set (!key: must be): llama.cpp stops there too
     real_rows: bool = False  # the embedding loses its rows beyond the tokenizer's vocabulary
     one_head: bool = False  # a head that is there although it is tied is left out
@@ -356,6 +358,7 @@ GRANITE_MOE = Family(
     "granitemoe",
     (*LLAMA_NORMS, *_attention("attention_bias", "attention_bias", True), *GRANITE_EXPERTS),
     OUTER,
+    rope="!llama3",
     refused=("!num_local_experts",),
     defaults={"num_local_experts": 8},
 )
@@ -400,9 +403,11 @@ FAMILIES: dict[str, Family] = {
     "VLlama3ForCausalLM": replace(LLAMA, defaults={"num_attention_heads": 32}),
     "Mistral3ForConditionalGeneration": MISTRAL3,
     "Ministral3ForCausalLM": MISTRAL3,
-    "MixtralForCausalLM": Family("llama", (*LLAMA_NORMS, *_attention("?", "?", True), *MIXTRAL_EXPERTS), OUTER),
+    "MixtralForCausalLM": Family(
+        "llama", (*LLAMA_NORMS, *_attention("?", "?", True), *MIXTRAL_EXPERTS), OUTER, rope="llama3"
+    ),
     "SmolLM3ForCausalLM": Family("smollm3", LLAMA_LAYER, OUTER, rope="llama3", defaults={"tie_word_embeddings": True}),
-    "GraniteForCausalLM": Family("granite", LLAMA_LAYER, OUTER, rope="llama3"),
+    "GraniteForCausalLM": Family("granite", LLAMA_LAYER, OUTER, rope="!llama3"),
     "GraniteMoeForCausalLM": GRANITE_MOE,
     "GraniteMoeSharedForCausalLM": GRANITE_MOE,
     "GraniteMoeHybridForCausalLM": replace(GRANITE4, without_experts=replace(GRANITE4, arch="granite", refused=())),

@@ -111,7 +111,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixtral": family("MixtralForCausalLM", "mixtral", num_local_experts=4, num_experts_per_tok=2),
     "mixtral-8": family("MixtralForCausalLM", "mixtral", num_local_experts=8, intermediate_size=256, head_dim=64),
     "mixtral-sharded": family(
-        "MixtralForCausalLM", "mixtral", num_local_experts=4, tie_word_embeddings=True, _shards=3
+        "MixtralForCausalLM", "mixtral", num_local_experts=4, tie_word_embeddings=True, _shards=3,
+        rope_scaling=LLAMA3 | {"original_max_position_embeddings": 1024},
     ),
     "deepseek2-sharded": bpe(
         "DeepseekV2ForCausalLM", "deepseek_v2", **LATENT, q_lora_rank=None, scoring_func="softmax", _shards=2,

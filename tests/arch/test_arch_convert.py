@@ -129,6 +129,12 @@ def test_a_granite_moe_without_experts_is_refused_and_a_granite_4_without_them_i
     assert model_facts(planned("granite4")).arch == "granite"
 
 
+@pytest.mark.parametrize("variant", ["granite", "granite-moe", "granite4"])
+def test_a_granite_with_llama_3_rope_is_refused_and_not_made_without_its_factors(variant: str) -> None:
+    with pytest.raises(InputError, match=r"granite(moe)? with a rope scaling of Llama 3 is not supported"):
+        tensor_specs(planned(variant, rope_scaling=MAKER.LLAMA3))
+
+
 def test_a_granite_4_with_state_space_layers_is_refused() -> None:
     with pytest.raises(InputError, match="layers of mamba are not supported"):
         tensor_specs(planned("granite4", layer_types=["attention", "mamba"]))
