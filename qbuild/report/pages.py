@@ -89,8 +89,7 @@ def _plot(report: Document, metric: str) -> Plot:
         about += [f"KL {number(result['kl'])}", f"perplexity {number(result['perplexity'])}"]
         about += [f"same first choice {percent(result['top1'])}"]
         points.append(Point(name, target["bytes"], result[metric], target["front"][metric], " · ".join(about)))
-    source = report["evaluation"]["source"]["perplexity"] if metric == "perplexity" else None
-    return scatter(points, TITLES[metric], source)
+    return scatter(points, TITLES[metric])
 
 
 def _sizes(report: Document) -> Sequence[Bar]:
@@ -118,9 +117,10 @@ def _provenance(report: Document, *, private: bool) -> list[tuple[str, str]]:
     found = [] if local and not private else [("source", source)]
     found += [("revision", model["revision"])] if model["revision"] else []
     found += [("digest of what was read", model["inputs"])]
-    for title, part in (
-        ("calibration", report["calibration"]),
-        ("evaluation", (report["evaluation"] or {}).get("text")),
-    ):
-        found += [(f"{title} {key}", str(value)) for key, value in (part or {}).items()]
+    for title in ("calibration", "evaluation"):
+        part = report[title] or {}
+        found += [(f"{title} {key}", str(part[key])) for key in ("digest", "length", "dtype") if key in part]
+        text = part.get("source")
+        if text and (private or text == "builtin"):
+            found.append((f"{title} text", str(text)))
     return found + [(f"version of {name}", version) for name, version in report["versions"].items()]

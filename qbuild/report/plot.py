@@ -52,7 +52,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plot:
-    """``front`` are the corners of the line through the best points; ``reference`` the height of the source's value."""
+    """``front`` are the corners of the line through the best points."""
 
     x_title: str
     y_title: str
@@ -60,7 +60,6 @@ class Plot:
     y_ticks: tuple[Tick, ...]
     marks: tuple[Mark, ...]
     front: tuple[tuple[float, float], ...]
-    reference: Tick | None
     width: float = WIDTH
     height: float = HEIGHT
     left: float = LEFT
@@ -69,22 +68,21 @@ class Plot:
     bottom: float = HEIGHT - BOTTOM
 
 
-def scatter(points: Sequence[Point], y_title: str, reference: float | None = None) -> Plot:
+def scatter(points: Sequence[Point], y_title: str) -> Plot:
     """Size against a metric, less being better in both. Sizes are linear; a metric over decades is logarithmic."""
     unit, unit_name = _unit(max(p.x for p in points))
     x_values = [p.x / unit for p in points]
-    y_values = [p.y for p in points] + ([] if reference is None else [reference])
+    y_values = [p.y for p in points]
     x_place, x_ticks = _linear(x_values, LEFT, WIDTH - RIGHT)
     y_place, y_ticks = _axis(y_values, HEIGHT - BOTTOM, TOP)
     at = {p.name: (x_place(p.x / unit), y_place(p.y)) for p in points}
     front = sorted(at[p.name] for p in points if p.front)
-    line = None if reference is None else Tick(y_place(reference), f"source: {reference:.4g}")
     taken = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in at.values()]
     marks = []
     for point in sorted(points, key=lambda p: (not p.front, p.name)):  # the best ones get their names first
         x, y = at[point.name]
         marks.append(Mark(point, x, y, _label(point.name, x, y, taken)))
-    return Plot(f"size, {unit_name}", y_title, x_ticks, y_ticks, tuple(marks), tuple(front), line)
+    return Plot(f"size, {unit_name}", y_title, x_ticks, y_ticks, tuple(marks), tuple(front))
 
 
 def _unit(nbytes: float) -> tuple[float, str]:

@@ -40,7 +40,7 @@ def built(name: str = "m", evaluated: bool = True) -> dict[str, Any]:
     }
     if evaluated:
         found = {n: {"kl": kl, "perplexity": p, "top1": top} for n, (_, kl, p, top) in RESULTS.items()}
-        document["evaluation"] = {"text": {"digest": "cd/2"}, "source": {"perplexity": 35.89}, "targets": found}
+        document["evaluation"] = {"source": "/home/me/text", "length": 512, "dtype": "float32", "targets": found}
     return document
 
 
@@ -187,7 +187,7 @@ def point(name: str, x: float, y: float) -> Point:
     ],
 )
 def test_marks_ticks_and_labels_stay_inside_the_plot(points: list[Point]) -> None:
-    plot = scatter(points, "KL", 0.05)
+    plot = scatter(points, "KL")
     assert len(plot.x_ticks) >= 1
     assert len({tick.text for tick in plot.y_ticks}) == len(plot.y_ticks) >= 1
     for mark in plot.marks:
