@@ -49,14 +49,14 @@ class Solved:
 
     def to_bytes(self) -> bytes:
         """Safetensors: the same values are the same bytes. Codes of four and two bits are packed into bytes."""
-        tensors = {f"tensor {name}": value.contiguous() for name, value in self.tensors.items()}
+        tensors = {f"tensor {name}": value.cpu().contiguous() for name, value in self.tensors.items()}
         about = {}
         for name, made in self.codes.items():
             about[name] = [made.bits, made.group_size, made.symmetric, list(made.codes.shape)]
-            tensors[f"codes {name}"] = _pack(made.codes, made.bits)
-            tensors[f"scales {name}"], tensors[f"zeros {name}"] = made.scales, made.zeros
+            tensors[f"codes {name}"] = _pack(made.codes.cpu(), made.bits)
+            tensors[f"scales {name}"], tensors[f"zeros {name}"] = made.scales.cpu(), made.zeros.cpu()
             if made.groups_of is not None:
-                tensors[f"groups {name}"] = made.groups_of
+                tensors[f"groups {name}"] = made.groups_of.cpu()
         return bytes(save(tensors, {"qbuild": json.dumps(about, sort_keys=True)}))
 
     @staticmethod
