@@ -63,7 +63,7 @@ def one(options: argparse.Namespace, shape: str) -> dict[str, object]:
     import torch
 
     from qbuild.calibration.run import Pass, calibrate
-    from qbuild.calibration.shapes import Step, forward_footprint
+    from qbuild.calibration.shapes import BASE, BASE_CUDA, Step, device_footprint, forward_footprint
 
     config, tensors = model_of(shape, options.layers)
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
@@ -92,14 +92,17 @@ def one(options: argparse.Namespace, shape: str) -> dict[str, object]:
         )  # fmt: skip
         calibrate(task, read, save)
     step = Step(
-        options.windows, options.length, options.dtype, not options.diagonal, options.spill, threads=options.threads
+        options.windows, options.length, options.dtype, not options.diagonal, options.spill, threads=options.threads,
+        base=BASE_CUDA if torch.version.cuda else BASE,
     )  # fmt: skip
-    predicted = forward_footprint(config, tensors, "model.layers.", 0, step)
     found: dict[str, object] = {"seconds a layer": round(min(seconds), 2), "peak MiB": peak() >> 20}
     if options.device == "cpu":
-        found |= {"predicted MiB": predicted >> 20, "predicted / peak": round(predicted / peak(), 3)}
+        predicted = forward_footprint(config, tensors, "model.layers.", 0, step)
     else:
-        found["VRAM MiB"] = torch.cuda.max_memory_allocated() >> 20
+        predicted, vram = device_footprint(config, tensors, "model.layers.", 0, step)
+        used = torch.cuda.max_memory_allocated()
+        found |= {"VRAM MiB": used >> 20, "predicted VRAM / used": round(vram / used, 3)}
+    found |= {"predicted MiB": predicted >> 20, "predicted / peak": round(predicted / peak(), 3)}
     return found | ({"digest": digest.hexdigest()[:16]} if options.digest else {})
 
 

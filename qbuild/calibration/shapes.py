@@ -9,9 +9,24 @@ from typing import Any
 
 from qbuild.calibration.families import layer_names, text_config
 
-__all__ = ["BASE", "Linear", "Step", "forward_footprint", "gram_bytes", "linears", "shared_inputs", "state_bytes"]
+__all__ = [
+    "BASE",
+    "BASE_CUDA",
+    "BASE_DEVICE",
+    "Linear",
+    "Step",
+    "device_footprint",
+    "forward_footprint",
+    "gram_bytes",
+    "linears",
+    "shared_inputs",
+    "state_bytes",
+]
 
-BASE = 440 << 20  # torch, transformers, and a model without weights
+BASE = 440 << 20  # torch for CPUs, transformers, and a model without weights
+BASE_CUDA = 860 << 20  # the same with a torch that was built for CUDA, used or not
+BASE_DEVICE = 1560 << 20  # and with a CUDA device in use
+CUBLAS = 128 << 20  # workspaces on the device
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 ACTIVATIONS_HIDDEN, ACTIVATIONS_WIDE = 4, 3  # tensors of a window alive at once, of these widths
 TOGETHER = {
@@ -62,7 +77,10 @@ def gram_bytes(found: tuple[Linear, ...]) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """What one layer's turn in a calibration depends on. ``stored``: bytes of a weight in the checkpoint."""
+    """What one layer's turn in a calibration depends on.
+
+    ``stored``: bytes of a weight in the checkpoint; ``base``: of the worker before it does anything.
+    """
 
     windows: int
     length: int
@@ -71,6 +89,7 @@ class Step:
     spill: bool = False
     stored: int = 2
     threads: int = 1
+    base: int = BASE
 
 
 def state_bytes(config: Mapping[str, Any], step: Step) -> int:
@@ -85,21 +104,52 @@ def forward_footprint(
 
     The constants are fitted to measured peaks of Llama shapes from 135M to 8B: benchmarks/bench_calibration.py.
     """
+    parts = _parts(config, tensors, prefix, layer, step)
+    states = state_bytes(config, step)
+    window = states // step.windows
+    held = 2 * window if step.spill else states + window
+    embedding = step.stored * max((prod(s) for name, s in tensors.items() if not name.startswith(prefix)), default=0)
+    alive = min(step.threads, step.windows) * parts.alive  # a window a thread
+    working = parts.weights + max(alive, parts.reading) + parts.grams
+    return step.base + held + max(working, parts.saving, embedding)
+
+
+def device_footprint(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], prefix: str, layer: int, step: Step
+) -> tuple[int, int]:
+    """Peak RAM of a worker that measures this layer on a CUDA device, and what it allocates there, in bytes.
+
+    Fitted to a few measured peaks on one H100; the CUDA context itself takes some hundred MiB of the device more.
+    """
+    parts = _parts(config, tensors, prefix, layer, step)
+    states = 0 if step.spill else state_bytes(config, step)
+    embedding = step.stored * max((prod(s) for name, s in tensors.items() if not name.startswith(prefix)), default=0)
+    ram = BASE_DEVICE + states + max(parts.reading, parts.saving, embedding)
+    return ram, CUBLAS + parts.weights + max(parts.alive, parts.reading) + parts.grams
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Bytes: a layer in memory, what a window needs, Gram matrices, the largest read, what is alive while saving."""
+
+    weights: int
+    alive: int
+    grams: int
+    reading: int
+    saving: int
+
+
+def _parts(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], prefix: str, layer: int, step: Step
+) -> _Parts:
     item = ITEM[step.dtype]
     shapes = [tensors[name] for name in layer_names(prefix, layer, tensors)]
     found = linears(prefix, layer, tensors)
-    weights = item * sum(map(prod, shapes))
     hidden = int(text_config(config)["hidden_size"])
     widest = max((linear.inputs for linear in found), default=hidden)
-    window = step.length * item
-    alive = window * (ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_WIDE * widest)
+    alive = item * step.length * (ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_WIDE * widest)
     if item != 4:
         alive += 4 * step.length * (ACTIVATIONS_HIDDEN * hidden + widest)  # what is summed is widened first
-    activations = min(step.threads, step.windows) * alive  # a window a thread
     grams = gram_bytes(found) if step.gram else 0
-    states = window * hidden * 2 if step.spill else state_bytes(config, step) + window * hidden
     reading = step.stored * max(map(prod, shapes), default=0)
-    embedding = step.stored * max((prod(s) for name, s in tensors.items() if not name.startswith(prefix)), default=0)
-    working = weights + max(activations, reading) + grams
-    saving = grams + grams // 2
-    return BASE + states + max(working, saving, embedding)
+    return _Parts(item * sum(map(prod, shapes)), alive, grams, reading, grams + grams // 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from qbuild.calibration.collect import Collector
 from qbuild.calibration.forward import Streamed
 from qbuild.calibration.run import Pass, calibrate
 from qbuild.calibration.statistics import Statistics
@@ -206,3 +208,14 @@ def test_a_missing_tensor_is_named(task: Pass, tensors: Tensors) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(InputError, match=r"no tensor for model.layers.1.mlp.up_proj.weight"):
         saved(replace(task, tensors=tensors.shapes()), tensors.read)
+
+
+def test_an_input_that_is_overwritten_after_it_was_read_is_refused() -> None:
+    """Windows are summed after they went through a layer, so what was read must still be there."""
+    weight, x = torch.ones(3, 4), torch.ones(2, 4)
+    collector = Collector(0, {"a.weight": (weight, ("a.weight",))}, ["a"], gram=True)
+    with collector.watch() as watch:
+        torch.nn.functional.linear(x, weight)
+    x += 1
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="layer 0: the input of a is overwritten"):
+        collector.add([watch], pool)
