@@ -101,7 +101,7 @@ def _solve(choices: Sequence[Choice], limit: int) -> dict[str, str]:
     saved = [top - d for choice, (_, top) in zip(choices, least, strict=True) for _, d in choice.types.values()]
     unit = math.gcd(*extra) or 1
     room = (limit - sum(low for low, _ in least)) // unit
-    worth = -np.array(saved) * (SCALE / (sum(top for _, top in least) or 1.0))
+    worth = -np.array(saved) / (sum(top for _, top in least) or 1.0) * SCALE
     one_each = csr_array((np.ones(len(owners)), (owners, numbers)))
     within = csr_array(np.array(extra, dtype=np.float64)[None] / unit)
     with _silent():

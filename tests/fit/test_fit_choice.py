@@ -127,5 +127,10 @@ def test_the_solver_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().out == ""
 
 
+def test_the_smallest_damage_there_is_does_not_overflow() -> None:
+    choices = [Choice("a", {"Q4_K": (1, 5e-324)}), Choice("b", {"Q4_K": (1, 5e-324), "Q6_K": (2, 0.0)})]
+    assert choose(choices, 3) == {"a": "Q4_K", "b": "Q6_K"}
+
+
 def test_no_tensors_need_no_types() -> None:
     assert choose([], 0) == {}
