@@ -8,7 +8,7 @@ from qbuild.arch.convert import TensorSpec
 from qbuild.digest import Digest
 
 KIND = "calibration.imatrix"
-SALT = 1
+SALT = 2
 RAM = 110 << 20  # a worker with numpy, and the sums of every layer
 
 

@@ -11,7 +11,7 @@ SALT = 1
 VERSIONS = ("tokenizers", "transformers")
 TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "config.json",
+    "vocab.json", "merges.txt", "config.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 BUILTIN = "builtin"
 
@@ -37,4 +37,4 @@ class Task:
 def ram(tokenizer: Mapping[str, Path], text_bytes: int) -> int:
     """Predicted peak bytes: transformers without torch, the tokenizer, the text and its tokens as Python objects."""
     vocabulary = tokenizer["tokenizer.json"].stat().st_size if "tokenizer.json" in tokenizer else 1 << 20
-    return (120 << 20) + 20 * vocabulary + 24 * text_bytes
+    return (130 << 20) + 60 * vocabulary + 24 * text_bytes

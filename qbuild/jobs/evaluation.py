@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from contextlib import ExitStack
@@ -44,6 +45,8 @@ def run(task: Task, store: Store, emit: Emit) -> dict[str, Digest]:
                 result = evaluator.evaluate(wanted, source, states, _target(target, task, source, store, stack))
             made[target.name] = store.put_bytes(json.dumps(result.to_json()).encode())
             cache.put(target.key, ActionResult(RESULT, (made[target.name],), time.monotonic() - start))
+            del result
+            gc.collect()  # hooks of a model are in cycles, and its tensors with them
             progress(number, target.name)
     return made
 

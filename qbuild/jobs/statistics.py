@@ -24,7 +24,7 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
     with Tensors(task.checkpoint) as read:
 
         def save(layer: int, data: bytearray, spent: float) -> None:
-            for notice in Statistics.from_bytes(data).notices():
+            for notice in Statistics.from_bytes(data, grams=False).notices():
                 emit({"event": "message", "level": "warning", "text": notice})
             made[layer] = store.put_bytes(data)
             seconds[layer] = spent
