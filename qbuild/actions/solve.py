@@ -12,7 +12,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "quant.layer"
-SALT = 2
+SALT = 3
 VERSIONS = ("torch",)
 
 

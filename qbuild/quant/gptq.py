@@ -29,15 +29,13 @@ RETRIES = 9  # with ten times the damping each, where the Gram matrix is not pos
 class Curvature:
     """What rounding needs to know of an input, float32.
 
-    ``hessian`` [in, in]: the damped Gram matrix, its diagonal 1 in the mean. ``columns`` int64 [in]: the order of
-    rounding. ``factor`` [in, in]: upper triangular U with UᵀU the inverse of the Hessian in that order. ``cost`` [in]:
-    what an error in a column costs after the columns rounded later made good what they can, 1/U².
+    ``hessian`` [in, in]: the Gram matrix, its diagonal 1 in the mean before damping. ``columns`` int64 [in]: the order
+    of rounding. ``factor`` [in, in]: upper triangular U with UᵀU the inverse of the Hessian in that order.
     """
 
     hessian: torch.Tensor
     columns: torch.Tensor
     factor: torch.Tensor
-    cost: torch.Tensor
 
 
 def curvature(gram: torch.Tensor, size: int, order: str, damping: float) -> Curvature:
@@ -57,9 +55,7 @@ def curvature(gram: torch.Tensor, size: int, order: str, damping: float) -> Curv
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                cost = torch.empty_like(plain)
-                cost[columns] = factor.diagonal().square().reciprocal()
-                return Curvature(hessian, columns, factor, cost)
+                return Curvature(hessian, columns, factor)
         damping *= 10
     raise ActionFailed("gptq", "the Gram matrix cannot be factored", "use more calibration samples, or more damping")
 
@@ -95,7 +91,7 @@ def _solved(
     weight: torch.Tensor, seen: Curvature, grid: Grid, size: int, sweeps: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [out, in], scales and zeros [out, groups], float32."""
-    scales, zeros = fit(weight, seen.cost, grid)
+    scales, zeros = fit(weight, seen.hessian.diagonal(), grid)
     codes = torch.empty_like(weight)
     groups = (seen.columns // size).tolist()
     codes[:, seen.columns] = _round(weight[:, seen.columns], seen.factor, scales, zeros, groups, grid.top)

@@ -56,22 +56,11 @@ def test_gptq_rounds_as_the_paper_says(bits: int, symmetric: bool) -> None:
     weight, x = weights(48, 192), inputs(192)
     grid, gram = Grid(bits, 32, symmetric), x.T @ x
     made = gptq(weight, gram, grid, "natural", 0.05, sweeps=0)
-    fitted = fit(weight, curvature(gram, 32, "natural", 0.05).cost, grid)
+    fitted = fit(weight, curvature(gram, 32, "natural", 0.05).hessian.diagonal(), grid)
     scale, zero = (t.numpy().astype(np.float64) for t in fitted)
     wanted = reference(weight.numpy(), (2 * gram).numpy(), scale, zero, 32, grid.top, 0.05)
     differing = (made.codes.numpy() != wanted).mean()
     assert differing < 0.002  # float32 against float64: a code next to a tie may go the other way
-
-
-def test_the_cost_of_a_column_is_what_its_error_leaves_when_those_after_it_make_good() -> None:
-    x = inputs(24)
-    gram = (x.T @ x).double()
-    cost = curvature(x.T @ x, 24, "natural", 0.01).cost.double()
-    hessian = gram / gram.diagonal().mean() + 0.01 * torch.eye(24)
-    for column in range(24):  # the least of eᵀHe with e = 1 at the column, 0 before it and free after it
-        after = slice(column + 1, 24)
-        made_good = hessian[column, after] @ torch.linalg.solve(hessian[after, after], hessian[after, column])
-        assert float(cost[column]) == pytest.approx(float(hessian[column, column] - made_good), rel=1e-3)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
