@@ -67,8 +67,8 @@ def nearest(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 def fit(weight: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros, float32 [out, groups]: of ever narrower ranges the one with the least weighted squared error.
 
-    ``cost`` [in]: what an error in a column costs. A symmetric grid has one value more on one side; a negative scale
-    turns it to the side where it serves. With a zero point, its neighbours are tried too.
+    ``cost`` [in]: what an error in a column costs. With a zero point, its neighbours are tried too. Scales stay
+    positive: a negative one would turn a symmetric grid to the side that needs it, but no loader was tried with one.
     """
     parts = [_fit(grid.grouped(rows), grid.grouped(cost[None]), grid) for rows in weight.split(_rows(weight.shape[1]))]
     scales, zeros = zip(*parts, strict=True)
@@ -95,8 +95,6 @@ def _fit(grouped: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.T
     for step in range(STEPS):
         scale, zero = grid.at(high, low, WIDEST - (WIDEST - NARROWEST) * step / (STEPS - 1))
         attempt(scale, zero)
-        if grid.symmetric:
-            attempt(-scale, zero)
     if not grid.symmetric:
         found = scales.clone(), zeros.clone()
         for step in (-1, 1):
