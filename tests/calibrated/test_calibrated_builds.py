@@ -81,8 +81,8 @@ def test_a_file_with_imatrix_auto_has_the_tensors_of_one_that_names_the_matrix(b
 
 
 def test_directories_hold_what_their_config_says(build: Build, model: Path) -> None:
-    made = build("target=[awq/w4_g64,gptq/w4_g32,ct/w8a16_g64]")
-    for name, method in (("awq_w4_g64", "awq"), ("gptq_w4_g32", "gptq"), ("ct_w8a16_g64", "compressed-tensors")):
+    made = build("target=[awq/w4_g64,gptq/w4_g32,ct/w4a16_g32]")
+    for name, method in (("awq_w4_g64", "awq"), ("gptq_w4_g32", "gptq"), ("ct_w4a16_g32", "compressed-tensors")):
         folder = Path(made["targets"][name]["path"])
         config = json.loads((folder / "config.json").read_text())
         assert config["quantization_config"]["quant_method"] == method
