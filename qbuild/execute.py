@@ -40,7 +40,7 @@ def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.enter_context(made.store.in_use())
         waited = False
-        for name in sorted(_lock_names(made)):
+        for name in sorted(set(_lock_names(made))):
             waited |= stack.enter_context(_locked(made, name, sink))
         if waited:  # the other build may have made what we wanted
             made = _sound_plan(config, sink)
@@ -72,7 +72,10 @@ def _sound_plan(config: schema.Config, sink: Sink) -> Plan:
 
 
 def _lock_names(made: Plan) -> list[str]:
-    """One lock per file to be made, named by where its bytes come from: builds that start cold know no digests."""
+    """Locks for the files to be made, by where their bytes come from: builds that start cold know no digests.
+
+    Two targets may share one, such as directories that differ only in how their codes are found.
+    """
     identities = tuple(f.identity() for f in made.resolved.checkpoint.files)
     names = []
     for target in made.targets:

@@ -95,6 +95,14 @@ def test_directories_hold_what_their_config_says(build: Build, model: Path) -> N
         assert made["targets"][name]["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
 
 
+def test_targets_that_differ_only_in_how_codes_are_found_do_not_wait_for_each_other(build: Build) -> None:
+    other = ["+targets.plain.format=awq", "+targets.plain.group_size=64", "+targets.plain.rounding=nearest"]
+    made = build("target=awq/w4_g64", *other, "+targets.plain.scaled=false", "+targets.plain.suffix=plain")
+    one, two = made["targets"]["awq_w4_g64"], made["targets"]["plain"]
+    assert one["bytes"] == two["bytes"]
+    assert one["digest"] != two["digest"]
+
+
 def test_shards_that_a_build_no_longer_has_go(build: Build) -> None:
     sharded = Path(
         build("target=gptq/w4_g64", "targets.gptq_w4_g64.max_shard_size=500KB")["targets"]["gptq_w4_g64"]["path"]
