@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from qbuild import schema
+from qbuild import device, schema
 from qbuild.actions import directory, evaluation, importance, solve, statistics, tokens, weights
 from qbuild.arch.convert import TensorSpec
 from qbuild.budget import parse_size
@@ -66,7 +66,7 @@ class Calibration:
             raise InputError(checkpoint.source, "a GGUF file cannot be calibrated on", NEEDS)
         self.config, self.checkpoint, self.specs, self.graph, self.fetch = config, checkpoint, specs, graph, fetch
         self.model = extent.model_shape(checkpoint.config, {n: t.shape for n, t in checkpoint.tensors.items()})
-        self.device = "cuda" if config.device == "cuda" else "cpu"
+        self.device = device.for_calibration(config)
         grams = any(isinstance(target, schema.DirectoryTarget) for target in config.targets.values())
         self.detail = "gram" if grams else "diagonal"
 

@@ -9,14 +9,18 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = [
+    "Gpu",
     "Machine",
     "cache_dir",
     "cpu_count",
     "disk_free",
     "environ",
+    "gpus",
+    "has_torch",
+    "has_triton",
     "inspect",
     "memory_limit",
     "null_record",
@@ -55,6 +59,7 @@ def worker_environ(package_root: Path) -> dict[str, str]:
     env["TOKENIZERS_PARALLELISM"] = "false"
     env["HF_HUB_DISABLE_TELEMETRY"] = "1"
     env["PYTHONUNBUFFERED"] = "1"
+    env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as NVML counts, so that its first GPU is the one that is used
     # A freed buffer goes back to the system: the prediction of a peak is then the sum of what is alive.
     env.setdefault("MALLOC_ARENA_MAX", "2")
     return env
@@ -146,3 +151,76 @@ class Machine(NamedTuple):
 
 def inspect() -> Machine:
     return Machine(cpu_count(), memory_limit(), os.uname().machine)
+
+
+# GPUs ----------------------------------------------------------------------------------------------------------------
+
+
+class Gpu(NamedTuple):
+    """A CUDA device as the driver describes it: bytes of its memory, and of those that are free now."""
+
+    name: str
+    total: int
+    free: int
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The CUDA devices this process may use, by NVML, which needs no CUDA context; none without a driver."""
+    import ctypes
+
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return ()  # no NVIDIA driver
+    if nvml.nvmlInit_v2() != 0:
+        return ()
+    try:
+        count = ctypes.c_uint(0)
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        found = [_gpu(nvml, index) for index in range(count.value)]
+    finally:
+        nvml.nvmlShutdown()
+    return _visible([device for device in found if device is not None], os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _gpu(nvml: Any, index: int) -> tuple[str, Gpu] | None:
+    """A device by its number: its UUID and what it is. None for one that the driver cannot describe."""
+    import ctypes
+
+    handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
+    uuid, name = ctypes.create_string_buffer(96), ctypes.create_string_buffer(96)
+    codes = (
+        nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)),
+        nvml.nvmlDeviceGetUUID(handle, uuid, len(uuid)),
+        nvml.nvmlDeviceGetName(handle, name, len(name)),
+        nvml.nvmlDeviceGetMemoryInfo(handle, memory),
+    )
+    return None if any(codes) else (uuid.value.decode(), Gpu(name.value.decode(), memory[0], memory[1]))
+
+
+def _visible(found: list[tuple[str, Gpu]], chosen: str | None) -> tuple[Gpu, ...]:
+    """The devices that CUDA_VISIBLE_DEVICES names, in its order: numbers or UUIDs; CUDA stops at the first unknown."""
+    if chosen is None:
+        return tuple(gpu for _, gpu in found)
+    visible = []
+    for word in filter(None, (word.strip() for word in chosen.split(","))):
+        named = [g for n, (uuid, g) in enumerate(found) if word == str(n) or (word[0] == "G" and uuid.startswith(word))]
+        if len(named) != 1:
+            break
+        visible.append(named[0])
+    return tuple(visible)
+
+
+def has_torch() -> bool:
+    """Whether torch is installed with CUDA in it, by where its files are: it is not loaded."""
+    from importlib.util import find_spec
+
+    found = find_spec("torch")
+    folders = (found.submodule_search_locations or []) if found is not None else []
+    return any((Path(folder) / "lib" / "libtorch_cuda.so").exists() for folder in folders)
+
+
+def has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None

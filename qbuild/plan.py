@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qbuild import machine, schema
+from qbuild import device, machine, schema
 from qbuild.actions import (
     directory,
     evaluation,
@@ -369,13 +369,14 @@ def _judged(config: schema.Config, store: Store, fetch: bool, spared: Collection
 
 
 def resolve_budget(config: schema.Config, store: Path, out: Path) -> Budget:
-    """``auto`` becomes what this machine has: the least of physical, cgroup and available memory; free disk; cores."""
+    """``auto`` becomes what this machine has: the least of physical, cgroup and available memory; free disk; cores; the
+    free memory of the GPU that may be used. Raises ConfigError where a GPU is asked for and none is there."""
     wanted, here = config.budget, machine.inspect()
 
     def size(name: str, value: str | int, auto: int) -> int:
         return auto if value == "auto" else parse_size(value, f"budget.{name}")
 
-    ram, vram = size("ram", wanted.ram, here.memory), size("vram", wanted.vram, 0)
+    ram, vram = size("ram", wanted.ram, here.memory), device.vram(config, device.gpu(config))
     disk = size("disk", wanted.disk, min(machine.disk_free(store), machine.disk_free(out)))
     return Budget(ram, vram, disk, here.cores if wanted.threads == "auto" else int(wanted.threads))
 
