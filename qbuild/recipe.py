@@ -29,7 +29,7 @@ from qbuild.source import open_source
 AUTO = "auto"  # the value of ``imatrix`` that asks for one made by calibration
 Choices = tuple[tuple[TensorSpec, str], ...]
 
-__all__ = ["AUTO", "FileTarget", "Resolved", "calibrates", "model_name", "open_model", "resolve"]
+__all__ = ["AUTO", "FileTarget", "Resolved", "calibrated", "calibrates", "model_name", "open_model", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -267,8 +267,12 @@ class _Builder:
 
 def calibrates(config: schema.Config) -> bool:
     """Whether a target needs the model to be run over calibration text."""
-    targets = config.targets.values()
-    return any(isinstance(t, schema.CALIBRATED) or getattr(t, "imatrix", None) == AUTO for t in targets)
+    return any(map(calibrated, config.targets.values()))
+
+
+def calibrated(target: schema.Target) -> bool:
+    """Whether the bytes of a target depend on calibration."""
+    return isinstance(target, schema.CALIBRATED) or getattr(target, "imatrix", None) == AUTO
 
 
 def _check_matrix(target: schema.GgufTarget, choices: Choices, matrix: Imatrix | None, place: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from qbuild.budget import format_size
 from qbuild.progress import duration
 
-__all__ = ["collected", "error", "plan", "result", "status", "table", "verified"]
+__all__ = ["collected", "error", "plan", "result", "status", "sweep", "table", "verified"]
 
 WIDTH = 80
 Document = Mapping[str, Any]
@@ -98,6 +98,27 @@ def _measured(document: Document) -> list[str]:
     rows = [["target", "perplexity", "KL to source", "same first choice"]]
     rows += [[n, f"{r['perplexity']:.3f}", f"{r['kl']:.4f}", f"{r['top1']:.1%}"] for n, r in found.items()]
     return [*table(rows), ""]
+
+
+def sweep(document: Document) -> str:
+    """How many jobs of a sweep came through, which did not and why, and what all of it needs or took."""
+    total = document["total"]
+    done = sum(job["exit_code"] == 0 for job in document["jobs"])
+    lines = [f"{done} of {total['jobs']} jobs done" if "ram" not in total else f"{done} of {total['jobs']} jobs can be"]
+    for job in (job for job in document["jobs"] if job["exit_code"]):
+        found = job.get("error") or {"place": "", "fact": "see above"}
+        why = f"{found['place']}: {found['fact']}" if found["place"] else found["fact"]
+        said = f"[{job['number']}/{total['jobs']}] {' '.join(job['overrides'])}: {why} (exit code {job['exit_code']})"
+        lines += textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+    if "ram" in total:
+        needs = f"RAM {format_size(total['ram'])} at most, disk {format_size(total['disk'])}"
+        lines.append(
+            f"all of it: {needs}, reads {format_size(total['read_bytes'])}, about {duration(total['seconds'])}"
+        )
+    elif "wall_seconds" in total:
+        moved = f"read {format_size(total['read_bytes'])}, wrote {format_size(total['written_bytes'])}"
+        lines.append(f"all of it in {duration(total['wall_seconds'])}: {moved}")
+    return _text(lines)
 
 
 def error(document: Document) -> str:

@@ -18,6 +18,8 @@ from qbuild import errors, schema
 from qbuild.cli import verbs
 from qbuild.progress import Sink
 
+MEASURED = {"perplexity": 8.5, "perplexity_llama": 8.0, "kl": 0.25, "top1": 0.75, "tokens": 40}
+
 
 def built(config: schema.Config) -> dict[str, Any]:
     """A build.json as the engine writes it."""
@@ -34,7 +36,12 @@ def built(config: schema.Config) -> dict[str, Any]:
     }
     totals = {"computed": 3, "reused": 0, "read_bytes": 10, "written_bytes": 10, "seconds": {}, "wall_seconds": 0.5}
     model = {"name": "m", "source": "x", "revision": None, "files": {}, "inputs": "d/2"}
-    return {"model": model, "targets": targets, "totals": totals, "jobs": {}, "versions": {"qbuild": "0"}}
+    evaluation = (
+        None if config.evaluation.source is None else {"source": "t", "targets": dict.fromkeys(targets, MEASURED)}
+    )
+    jobs = {"gguf pass": {"predicted_ram": 9 << 20, "peak_ram": 9 << 20, "seconds": 0.5}}
+    beside = {"evaluation": evaluation, "totals": totals, "jobs": jobs, "versions": {"qbuild": "0"}}
+    return {"model": model, "targets": targets, **beside}
 
 
 class Engine:
@@ -44,6 +51,8 @@ class Engine:
         self.configs: list[schema.Config] = []
         self.error: BaseException | None = None
         self.only: str | None = None  # fail for this target alone
+        self.planned: list[schema.Config] = []
+        self.disk = 1 << 20  # what a plan says that it needs of 3 MiB
 
     def build(self, config: schema.Config, sink: Sink) -> dict[str, Any]:
         self.configs.append(config)
@@ -53,11 +62,20 @@ class Engine:
             raise self.error
         return built(config)
 
+    def plan(self, request: verbs.Request) -> verbs.Answer:
+        self.planned.append(request.config)
+        needs = {"ram": 5 << 20, "vram": 0, "disk": self.disk, "read_bytes": 7, "seconds": 2.0}
+        return verbs.Answer(
+            {"predicted": needs, "budget": {"disk": 3 << 20}, "targets": dict.fromkeys(request.config.targets)},
+            "a plan\n",
+        )
+
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     fake = Engine()
     monkeypatch.setattr(verbs.execute, "build", fake.build)
+    monkeypatch.setattr(verbs, "planned", fake.plan)
     return fake
 
 
@@ -122,11 +140,63 @@ def test_sigterm_ends_a_build_like_ctrl_c(qbuild: Run, engine: Engine, monkeypat
 
 
 def test_a_sweep_is_one_build_for_each_model(qbuild: Run, engine: Engine) -> None:
-    done = qbuild("-m", "model.source=x", "target=gguf/q4_k_m,gguf/q8_0", "model.outtype=auto,F16")
+    done = qbuild("-m", "model.source=x,y", "target=gguf/q4_k_m,gguf/q8_0")
     assert done.code == 0
-    assert [(*c.targets, c.model.outtype) for c in engine.configs] == [
-        ("q4_k_m", "q8_0", "auto"), ("q4_k_m", "q8_0", "F16"),
+    assert [(*c.targets, c.model.source) for c in engine.configs] == [
+        ("q4_k_m", "q8_0", "x"), ("q4_k_m", "q8_0", "y"),
     ]  # fmt: skip
+    assert engine.planned == engine.configs  # all of it is priced before the first one starts
+    assert "4 of 4 jobs done" in done.out
+
+
+def test_jobs_that_differ_in_calibration_are_builds_with_names_of_their_own(qbuild: Run, engine: Engine) -> None:
+    argv = ("-m", "model.source=x", "target=awq/w4_g64,gguf/q8_0", "calibration.samples=8,16", "format=json")
+    done = qbuild(*argv).document
+    named = {"awq_w4_g64-samples-8": "AWQ-w4-g64-samples-8", "awq_w4_g64-samples-16": "AWQ-w4-g64-samples-16"}
+    # What does not depend on the calibration is one target, in the first of the builds.
+    assert [list(c.targets) for c in engine.configs] == [["awq_w4_g64-samples-8", "q8_0"], ["awq_w4_g64-samples-16"]]
+    assert {n: t.suffix for c in engine.configs for n, t in c.targets.items()} == named | {"q8_0": None}
+    assert [c.calibration.samples for c in engine.configs] == [8, 16]
+    assert [list(job["result"]["targets"]) for job in done["jobs"]] == [["awq_w4_g64"]] * 2 + [["q8_0"]] * 2
+
+
+def test_a_model_converted_in_two_ways_gets_two_files(qbuild: Run, engine: Engine) -> None:
+    qbuild("-m", "model.source=x", "target=gguf/q8_0", "model.outtype=auto,F16")
+    assert [list(c.targets) for c in engine.configs] == [["q8_0-outtype-auto"], ["q8_0-outtype-F16"]]
+
+
+def test_two_models_in_one_folder_are_refused(qbuild: Run, engine: Engine) -> None:
+    done = qbuild("-m", "model.source=x,y", "target=gguf/q8_0", "out=made", "format=json")
+    assert done.code == 2
+    assert "different models" in done.error["fact"]
+    assert engine.configs == []
+
+
+def test_a_sweep_that_the_disk_cannot_hold_is_refused_before_it_starts(qbuild: Run, engine: Engine) -> None:
+    engine.disk = 2 << 20  # each build fits, both do not
+    done = qbuild("-m", "model.source=x,y", "target=gguf/q8_0", "format=json")
+    assert done.code == 3
+    assert "4.0 MiB of disk, the budget is 3.0 MiB" in done.error["fact"]
+    assert engine.configs == []
+
+
+def test_a_plan_of_a_sweep_ends_with_what_all_of_it_needs(qbuild: Run, engine: Engine) -> None:
+    argv = ("-n", "-m", "model.source=x,y", "target=gguf/q8_0,gguf/q4_k_m")
+    total = qbuild(*argv, "format=json").document["total"]
+    assert total == {
+        "ram": 5 << 20, "vram": 0, "disk": 2 << 20, "read_bytes": 14, "seconds": 4.0, "jobs": 4, "failed": 0,
+    }  # fmt: skip
+    assert qbuild(*argv).out.endswith("RAM 5.0 MiB at most, disk 2.0 MiB, reads 14 B, about 4.0 s\n")
+
+
+def test_builds_of_a_sweep_in_one_folder_leave_one_record(qbuild: Run, engine: Engine, project: Path) -> None:
+    argv = ("-m", "model.source=x", "target=awq/w4_g64", "calibration.samples=8,16", "evaluation.source=t")
+    assert qbuild(*argv, "format=json").code == 0
+    record = json.loads((project / "outputs" / "m" / "build.json").read_text())
+    names = ["awq_w4_g64-samples-8", "awq_w4_g64-samples-16"]
+    assert list(record["targets"]) == list(record["evaluation"]["targets"]) == names
+    assert record["totals"]["computed"] == 6
+    assert list(record["jobs"]) == ["gguf pass", "2: gguf pass"]
 
 
 def test_a_sweep_over_a_setting_gives_each_value_a_file_of_its_own(qbuild: Run, engine: Engine) -> None:
@@ -156,6 +226,9 @@ def test_a_sweep_is_one_json_document(qbuild: Run, engine: Engine) -> None:
     assert "target=gguf/q8_0" in jobs[0]["overrides"]
     assert jobs[1]["result"]["targets"].keys() == {"q4_k_m"}
     assert [list(c.targets) for c in engine.configs] == [["q8_0", "q4_k_m", "q6_k"], ["q4_k_m", "q6_k"]]
+    assert done.document["total"] | {"jobs": 3, "failed": 1, "computed": 3} == done.document["total"]
+    said = " ".join(qbuild(*argv[:-1]).out.split())
+    assert "2 of 3 jobs done [1/3] model.source=x target=gguf/q8_0 keep_going=True: targets.q8_0: b (exit" in said
 
 
 def test_a_failure_that_names_no_target_is_found_by_trying_the_jobs_alone(qbuild: Run, engine: Engine) -> None:
@@ -186,8 +259,8 @@ def test_no_command_leaves_litter(qbuild: Run, engine: Engine, project: Path) ->
 
 
 def test_a_build_with_dry_run_is_a_plan(qbuild: Run, engine: Engine) -> None:
-    done = qbuild("-n", "model.source=nowhere", "target=gguf/q4_k_m", "format=json")
-    assert done.code == 4  # the plan looked for the model
+    assert qbuild("-n", *TARGET).out == "a plan\n"
+    assert [list(config.targets) for config in engine.planned] == [["q4_k_m"]]
     assert engine.configs == []
 
 

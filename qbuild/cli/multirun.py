@@ -1,0 +1,140 @@
+"""A sweep: its jobs as few builds, priced before the first starts, run one after the other, told of as one outcome."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qbuild import execute, render
+from qbuild.budget import Remedy, refuse
+from qbuild.cli import sweep
+from qbuild.cli.compose import Composer, Job
+from qbuild.cli.runner import Outcome, Runner, failed, show
+from qbuild.cli.verbs import VERBS
+from qbuild.errors import Interrupted
+
+__all__ = ["run"]
+
+Ended = list[tuple[sweep.Build, Outcome]]
+
+
+def run(composer: Composer, runner: Runner) -> Outcome:
+    """Every job of a sweep; the first that fails ends it unless keep_going says otherwise."""
+    jobs = composer.jobs()
+    if jobs is None:
+        launched = composer.launch(runner)
+        for words, outcome in [] if runner.quiet else launched:
+            sys.stdout.write(f"{' '.join(words)}\n")
+            show(outcome, json_wanted=False)
+        return _launched(launched)
+    builds = sweep.builds([job.config for job in jobs], together=VERBS[runner.verb].merges)
+    makes = runner.verb == "build" and not runner.dry_run
+    refused = _refused(builds, runner) if makes and len(builds) > 1 else None
+    if refused is not None:
+        return refused
+    ended = _all(builds, jobs, runner)
+    if makes:
+        _note(ended)
+    return _merged(ended, jobs)
+
+
+def _refused(builds: Sequence[sweep.Build], runner: Runner) -> Outcome | None:
+    """What speaks against starting: a build that cannot be, or a disk that does not hold what all builds write.
+
+    With keep_going a build that cannot be fails when its turn comes, and the others are made.
+    """
+    planner, documents = replace(runner, dry_run=True), []
+    for build in builds:
+        outcome = planner(build.config)
+        if "error" not in outcome.document:
+            documents.append(outcome.document)
+        elif not build.config.keep_going:
+            return outcome
+    needs = sum(document["predicted"]["disk"] for document in documents)
+    room = min((document["budget"]["disk"] for document in documents), default=needs)
+    if needs <= room:
+        return None
+    remedies = [Remedy("another disk", needs, "store.dir=/BIG/DISK/store out=/BIG/DISK/out")]
+    return failed(refuse(f"a sweep of {len(builds)} builds", "disk", needs, room, remedies))
+
+
+def _all(builds: Sequence[sweep.Build], jobs: list[Job], runner: Runner) -> Ended:
+    todo, ended = deque(builds), []
+    while todo:
+        build = todo.popleft()
+        outcome = _one(build, jobs, runner)
+        place = outcome.document.get("error", {}).get("place", "")
+        goes_on = build.config.keep_going and outcome.code != Interrupted.exit_code
+        if "error" in outcome.document and goes_on and len(build.members) > 1:
+            # What it finished is stored: nothing is made twice.
+            broken, again = sweep.apart(build, place)
+            todo.extendleft(reversed(again))
+            ended += [(broken, outcome)] if broken else []
+            continue
+        ended.append((sweep.only(build, sweep.failing(build, place)), outcome))
+        if outcome.code and not goes_on:
+            break
+    return ended
+
+
+def _one(build: sweep.Build, jobs: list[Job], runner: Runner) -> Outcome:
+    """Run one build of a sweep and show how it ended."""
+    if not runner.quiet:
+        for member in build.members:
+            sys.stdout.write(f"[{member.number + 1}/{len(jobs)}] {' '.join(jobs[member.number].overrides)}\n")
+        sys.stdout.flush()
+    outcome = runner(build.config)
+    if not runner.quiet:
+        show(outcome, json_wanted=False)
+    return outcome
+
+
+def _note(ended: Ended) -> None:
+    """One build.json where several builds of the sweep wrote to one folder: each alone would tell of the last only."""
+    folders: dict[Path, list[Mapping[str, Any]]] = {}
+    for _, outcome in ended:
+        for target in list(outcome.document.get("targets", {}).values())[:1]:
+            folders.setdefault(Path(target["path"]).parent, []).append(outcome.document)
+    for folder, documents in folders.items():
+        if len(documents) > 1 and any(document["jobs"] for document in documents):
+            execute.write_json(folder / "build.json", sweep.joined(documents))
+
+
+def _merged(ended: Ended, jobs: list[Job]) -> Outcome:
+    """Builds of a sweep as one outcome, by job."""
+    found: dict[int, dict[str, Any]] = {}
+    for number, (build, outcome) in enumerate(ended):
+        for member in build.members:
+            part: Mapping[str, Any] = outcome.document
+            if "error" not in part:
+                part = {"build": number, "result": sweep.share(member, part)}
+            found[member.number] = _entry(member.number, jobs[member.number].overrides, outcome, part)
+    documents = [dict(outcome.document) for _, outcome in ended]
+    document = {"jobs": [found[n] for n in sorted(found)], "builds": documents}
+    return _summed(document | {"total": sweep.total(documents)}, len(jobs), [outcome for _, outcome in ended])
+
+
+def _launched(done: list[tuple[tuple[str, ...], Outcome]]) -> Outcome:
+    """Outcomes that a launcher brought back, as one."""
+    jobs = []
+    for number, (words, outcome) in enumerate(done):
+        part = outcome.document if "error" in outcome.document else {"result": outcome.document}
+        jobs.append(_entry(number, words, outcome, part))
+    outcomes = [outcome for _, outcome in done]
+    total = sweep.total([dict(outcome.document) for outcome in outcomes])
+    return _summed({"jobs": jobs, "total": total}, len(jobs), outcomes)
+
+
+def _summed(document: dict[str, Any], jobs: int, outcomes: Sequence[Outcome]) -> Outcome:
+    document["total"] |= {"jobs": jobs, "failed": sum(job["exit_code"] != 0 for job in document["jobs"])}
+    code = next((outcome.code for outcome in outcomes if outcome.code), 0)
+    return Outcome(document, render.sweep(document) if code or len(outcomes) > 1 else "", code)
+
+
+def _entry(number: int, overrides: tuple[str, ...], outcome: Outcome, part: Mapping[str, Any]) -> dict[str, Any]:
+    """A job of a sweep in its document: how it ended, and its result or error."""
+    return {"number": number + 1, "overrides": list(overrides), "exit_code": outcome.code, **part}
