@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qbuild.api import Result, TargetResult, build, configure
+    from qbuild.api import Evaluation, Result, TargetResult, build, configure
 
-__all__ = ["Result", "TargetResult", "build", "configure"]
+__all__ = ["Evaluation", "Result", "TargetResult", "build", "configure"]
 __version__ = "0.1.0"
 
 

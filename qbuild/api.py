@@ -18,12 +18,32 @@ from qbuild import execute, progress, schema
 from qbuild.cli import compose
 from qbuild.cli.args import Args
 
-__all__ = ["Result", "TargetResult", "build", "configure"]
+__all__ = ["Evaluation", "Result", "TargetResult", "build", "configure"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A target against its source on the text of ``evaluation.source``.
+
+    ``perplexity``: of all tokens of a window but its first; ``perplexity_llama``: of those in its second half, as
+    llama.cpp counts them. ``kl``: D(source ‖ target), nats a token. ``top1``: share of equal first choices. ``tokens``:
+    how many were compared. ``weights``: ‖W - Ŵ‖² / ‖W‖² of each matrix by its name in the source.
+    """
+
+    perplexity: float
+    perplexity_llama: float
+    kl: float
+    top1: float
+    tokens: int
+    weights: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class TargetResult:
-    """One output, as in ``build.json``. ``peak_ram``, ``predicted_ram``: bytes, 0 where nothing had to run."""
+    """One output, as in ``build.json``. ``peak_ram``, ``predicted_ram``: bytes, 0 where nothing had to run.
+
+    ``calibration``: the text it was calibrated on and the digest of its tokens; None where it was not.
+    """
 
     path: Path
     digest: str
@@ -33,6 +53,8 @@ class TargetResult:
     seconds: float
     peak_ram: int
     predicted_ram: int
+    calibration: Mapping[str, Any] | None
+    evaluation: Evaluation | None  # None where ``evaluation.source`` names no text
 
 
 @dataclass(frozen=True)
@@ -60,7 +82,9 @@ def build(config: schema.Config | Mapping[str, Any], *, quiet: bool = False) -> 
     """
     settings = config if isinstance(config, schema.Config) else schema.parse(config)
     document = execute.build(settings, progress.sink(sys.stderr, quiet=quiet))
-    targets = {
-        name: TargetResult(**(made | {"path": Path(made["path"])})) for name, made in document["targets"].items()
-    }
+    measured = (document["evaluation"] or {}).get("targets", {})
+    targets = {}
+    for name, made in document["targets"].items():
+        found = Evaluation(**measured[name]) if name in measured else None
+        targets[name] = TargetResult(**(made | {"path": Path(made["path"]), "evaluation": found}))
     return Result(targets, document)

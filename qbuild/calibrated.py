@@ -27,7 +27,7 @@ from qbuild.quant.shapes import Scheme
 
 __all__ = ["CalibratedTarget", "Calibration", "Evaluation"]
 
-NEEDS = "calibration runs the model: name a directory of safetensors with its config.json, or a Hub id"
+NEEDS = "both run the model: name a directory of safetensors with its config.json, or a Hub id"
 MATRIX = "imatrix"  # id of the action that makes the importance matrix
 
 
@@ -63,7 +63,7 @@ class Calibration:
         self, config: schema.Config, checkpoint: Checkpoint, specs: list[TensorSpec], graph: Graph, *, fetch: bool
     ) -> None:
         if checkpoint.kind == "gguf":
-            raise InputError(checkpoint.source, "a GGUF file cannot be calibrated on", NEEDS)
+            raise InputError(checkpoint.source, "a GGUF file cannot be calibrated on or evaluated against", NEEDS)
         self.config, self.checkpoint, self.specs, self.graph, self.fetch = config, checkpoint, specs, graph, fetch
         self.model = extent.model_shape(checkpoint.config, {n: t.shape for n, t in checkpoint.tensors.items()})
         self.device = device.for_calibration(config)

@@ -23,7 +23,7 @@ from qbuild.manifest import action_key
 from qbuild.measured import measure
 from qbuild.plan import Judge, Plan
 from qbuild.progress import Sink
-from qbuild.recipe import FileTarget
+from qbuild.recipe import FileTarget, calibrated
 from qbuild.running import Jobs
 from qbuild.staged import Stage
 
@@ -264,7 +264,17 @@ class _Build:
             "seconds": round(seconds, 3),
             "peak_ram": self.jobs.peak if ran else 0,
             "predicted_ram": self.predicted if ran else 0,
+            "calibration": self._calibration(name),
         }
+
+    def _calibration(self, name: str) -> dict[str, Any] | None:
+        """The text that a target was calibrated on, by the digest of its tokens; None where its bytes know none."""
+        config, calibration = self.resolved.config, self.resolved.calibration
+        if calibration is None or not calibrated(config.targets[name]):
+            return None
+        found = self.plan.verdicts[calibration.tokens.action].outputs
+        asked = {key: getattr(config.calibration, key) for key in ("source", "samples", "length", "seed", "dtype")}
+        return asked | {"digest": str(found[0]) if found else None}
 
     # report -----------------------------------------------------------------------------------------------------------
 

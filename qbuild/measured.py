@@ -46,7 +46,8 @@ def measure(made: Plan, jobs: Jobs) -> dict[str, Any] | None:
     digests = {n: found.get(n) or made.verdicts[a].outputs[0] for n, a in asked.results.items()}
     conf = made.resolved.config.evaluation
     results = {name: _read(made.store, digest) for name, digest in digests.items()}
-    return {"source": conf.source, "length": conf.length, "dtype": conf.dtype, "targets": results}
+    text = {key: getattr(conf, key) for key in ("source", "samples", "length", "dtype")}
+    return text | {"digest": str(made.verdicts[asked.tokens].outputs[0]), "targets": results}
 
 
 def _key(made: Plan, action: str) -> str:
@@ -63,7 +64,8 @@ def _target(made: Plan, name: str, action: str) -> evaluation.Target:
         files = directory.files(made.store.read_bytes(digests[0]) or b"{}")
         digests, scheme = tuple(d for n, d in sorted(files.items()) if n.endswith(".safetensors")), target.scheme
     specs = tuple(made.resolved.specs.values()) if scheme is None else ()
-    return evaluation.Target(name, _key(made, action), digests, specs, scheme)
+    scaled = getattr(made.resolved.config.targets[name], "scaled", False)
+    return evaluation.Target(name, _key(made, action), digests, specs, scheme, scaled)
 
 
 def _read(store: Store, digest: Any) -> dict[str, Any]:

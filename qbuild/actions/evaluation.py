@@ -11,7 +11,7 @@ from qbuild.digest import Digest
 from qbuild.quant.shapes import Scheme
 
 STATES, RESULT = "evaluation.states", "evaluation.result"
-SALT = 1
+SALT = 2
 VERSIONS = ("torch", "transformers")
 
 
@@ -25,13 +25,15 @@ class Params:
 
 @dataclass(frozen=True)
 class Target:
-    """What is measured: a GGUF file of ``specs``, or files of a directory whose linears are stored by ``scheme``."""
+    """What is measured: a GGUF file of ``specs``, or files of a directory whose linears are stored by ``scheme``, with
+    AWQ's scales where it is ``scaled``."""
 
     name: str
     key: str
     digests: tuple[Digest, ...]
     specs: tuple[TensorSpec, ...]
     scheme: Scheme | None
+    scaled: bool
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,12 @@ from qbuild.evaluation.footprint import ROWS
 from qbuild.evaluation.measure import Comparison, Result
 from qbuild.evaluation.readers import Tensors
 
-__all__ = ["Task", "evaluate", "states", "weight_errors"]
+__all__ = ["Errors", "Task", "evaluate", "states", "weight_errors"]
+
+CHUNK = 1 << 20  # weights that are compared at a time
+FITS = 3  # of rows and columns; each leaves a thousandth of what their scales add to an error
+
+Errors = dict[str, float]  # by name of a tensor
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,41 @@ def _states(task: Task, model: Streamed) -> torch.Tensor:
     return hidden
 
 
-def weight_errors(source: Tensors, model: Tensors, names: Iterable[str]) -> dict[str, float]:
-    """‖W - Ŵ‖² / ‖W‖² of each tensor, summed in float64; 0 where both are zero."""
-    found = {}
+def weight_errors(source: Tensors, model: Tensors, names: Iterable[str], *, scaled: str | None = None) -> Errors:
+    """‖W - Ŵ‖² / ‖W‖² of each of ``names``, summed in float64; 0 where both are zero. Experts of a layer count as one.
+
+    ``scaled``: what the names of matrices begin with that AWQ's scales may have changed. The scales are taken out: the
+    difference is the least that any scale of each row and each column leaves.
+    """
+    sums: dict[str, tuple[float, float]] = {}
     for name in names:
-        before, after = source.read(name).float(), model.read(name).float()
-        lost, whole = (float(part.square().sum(dtype=torch.float64)) for part in (before - after, before))
-        found[name] = lost / whole if lost else 0.0
-    return found
+        before, after = source.read(name), model.read(name)
+        before, after = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (before, after))
+        if scaled is not None and name.startswith(scaled):
+            after = _unscaled(before.float(), after)
+        of = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+        lost, whole = sums.get(of, (0.0, 0.0))
+        more, all_of_it = _squares(before, after)
+        sums[of] = lost + more, whole + all_of_it
+    return {name: lost / whole if lost else 0.0 for name, (lost, whole) in sums.items()}
+
+
+def _squares(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
+    """‖W - Ŵ‖² and ‖W‖² of matrices, a few rows of them widened at a time."""
+    rows, lost, whole = max(1, CHUNK // before.shape[1]), 0.0, 0.0
+    for at in range(0, len(before), rows):
+        wanted = before[at : at + rows].float()
+        lost += float((wanted - after[at : at + rows]).square().sum(dtype=torch.float64))
+        whole += float(wanted.square().sum(dtype=torch.float64))
+    return lost, whole
+
+
+def _unscaled(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """``after`` with its rows and columns scaled to be as near to ``before`` as they can: alternating least squares."""
+    after = after.clone()
+    for _ in range(FITS):
+        for axis in (0, 1):
+            energy = torch.linalg.vecdot(after, after, dim=axis)
+            fit = torch.linalg.vecdot(before, after, dim=axis) / torch.where(energy > 0, energy, 1)
+            after.mul_(fit.unsqueeze(axis))
+    return after

@@ -6,11 +6,13 @@ import gc
 import json
 import time
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 
 from qbuild.actions.evaluation import RESULT, STATES, Target, Task
 from qbuild.cache import ActionCache, ActionResult
+from qbuild.calibration.families import layer_prefix
 from qbuild.calibration.tokens import Packed
 from qbuild.checkpoint import Reader, open_gguf
 from qbuild.digest import Digest
@@ -29,6 +31,7 @@ def run(task: Task, store: Store, emit: Emit) -> dict[str, Digest]:
     cache, began = ActionCache(store), time.monotonic()
     ids = Packed.from_bytes(needed(store, task.tokens)).ids
     wanted = evaluator.Task(task.checkpoint.config, ids, task.params.dtype, task.params.device, task.threads)
+    matrices = [name for name, tensor in task.checkpoint.tensors.items() if len(tensor.shape) > 1]
     made: dict[str, Digest] = {}
 
     def progress(done: int, current: str) -> None:
@@ -42,10 +45,12 @@ def run(task: Task, store: Store, emit: Emit) -> dict[str, Digest]:
         for number, target in enumerate(task.targets, start=2):
             start = time.monotonic()
             with ExitStack() as stack:
-                result = evaluator.evaluate(wanted, source, states, _target(target, task, source, store, stack))
-            made[target.name] = store.put_bytes(json.dumps(result.to_json()).encode())
+                model = _target(target, task, source, store, stack)
+                found: dict[str, Any] = evaluator.evaluate(wanted, source, states, model).to_json()
+                found["weights"] = evaluator.weight_errors(source, model, matrices, scaled=_scaled(target, task))
+            made[target.name] = store.put_bytes(json.dumps(found).encode())
             cache.put(target.key, ActionResult(RESULT, (made[target.name],), time.monotonic() - start))
-            del result
+            del model
             gc.collect()  # hooks of a model are in cycles, and its tensors with them
             progress(number, target.name)
     return made
@@ -61,6 +66,11 @@ def _states(task: Task, wanted: evaluator.Task, source: Tensors, store: Store, c
     digest = store.put_bytes(memoryview(states.view(torch.uint8).numpy().reshape(-1)))
     cache.put(task.key, ActionResult(STATES, (digest,), time.monotonic() - began))
     return states
+
+
+def _scaled(target: Target, task: Task) -> str | None:
+    """What the names of the tensors begin with that AWQ's scales may have changed."""
+    return layer_prefix(task.checkpoint.config, task.checkpoint.tensors) if target.scaled else None
 
 
 def _target(target: Target, task: Task, source: Tensors, store: Store, stack: ExitStack) -> Tensors:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import PurePath
+from statistics import fmean
 from typing import Any
 
-__all__ = ["METRICS", "REQUIRED", "commands", "pareto", "report"]
+__all__ = ["METRICS", "REQUIRED", "commands", "errors", "pareto", "report"]
 
 Document = Mapping[str, Any]
 _GENERATE = "from transformers import pipeline; print(pipeline('text-generation', {path!r})('Once upon a time'))"
@@ -16,10 +18,11 @@ METRICS = ("kl", "perplexity")  # of a target's evaluation; less is better, and 
 
 
 def report(built: Document) -> dict[str, Any]:
-    """All that ``build.json`` holds, and for each target its ``file``, ``commands``, ``evaluation`` and ``front``.
+    """All that ``build.json`` holds, and for each target its ``file``, ``commands``, ``evaluation``, ``front`` and
+    ``errors``.
 
-    ``front`` says by metric whether no other target is as small and as good. Where nothing was evaluated,
-    ``evaluation`` and ``front`` are null.
+    ``front`` says by metric whether no other target is as small and as good; ``errors`` is what ``errors`` tells of its
+    weights. Where nothing was evaluated, these three are null.
     """
     measured: Document = (built.get("evaluation") or {}).get("targets", {})
     sizes = {name: target["bytes"] for name, target in built["targets"].items() if name in measured}
@@ -32,8 +35,23 @@ def report(built: Document) -> dict[str, Any]:
             "commands": commands(file),
             "evaluation": measured.get(name),
             "front": {metric: name in front for metric, front in fronts.items()} if name in measured else None,
+            "errors": errors(measured[name].get("weights", {})) if name in measured else None,
         }
-    return {"evaluation": None, "calibration": None} | dict(built) | {"targets": targets}
+    return {"evaluation": None} | dict(built) | {"targets": targets}
+
+
+def errors(weights: Mapping[str, float]) -> dict[str, Any] | None:
+    """Relative squared errors of a target's matrices in short: ``layers``, the mean of each decoder layer; ``mean`` of
+    all matrices; ``largest``, the name and error of the worst. None where none were told."""
+    if not weights:
+        return None
+    layers: dict[int, list[float]] = {}
+    for name, error in weights.items():
+        if (found := re.search(r"\.(\d+)\.", name)) is not None:
+            layers.setdefault(int(found[1]), []).append(error)
+    worst = max(weights, key=lambda name: weights[name])
+    means = [fmean(layers[index]) for index in sorted(layers)]
+    return {"layers": means, "mean": fmean(weights.values()), "largest": [worst, weights[worst]]}
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbuild.budget import format_size
 from qbuild.progress import duration
-from qbuild.report.plot import Bar, Plot, Point, bars, scatter
+from qbuild.report.plot import Bar, Plot, Point, bars, scatter, shades
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,6 +26,7 @@ def html(report: Document) -> str:
     """One page that loads nothing: the plots are SVG in it, and its policy forbids every request."""
     plots = {metric: _plot(report, metric) for metric in TITLES} if _measured(report) else {}
     shown = {"plots": plots, "sizes": _sizes(report), "seconds": _seconds(report), "memory": _memory(report)}
+    shown["strips"] = _strips(report)
     return _render("report.html.j2", report, shown, private=True)
 
 
@@ -92,6 +93,13 @@ def _plot(report: Document, metric: str) -> Plot:
     return scatter(points, TITLES[metric])
 
 
+def _strips(report: Document) -> dict[str, list[tuple[float, float]]]:
+    """Layer by layer, how dark the mean error of a target's weights is, and the error."""
+    told = {name: report["targets"][name]["errors"] for name in _measured(report)}
+    layers = {name: errors["layers"] for name, errors in told.items() if errors and errors["layers"]}
+    return {name: list(zip(shade, layers[name], strict=True)) for name, shade in shades(layers).items()}
+
+
 def _sizes(report: Document) -> Sequence[Bar]:
     return bars({n: (t["bytes"], format_size(t["bytes"]), None) for n, t in report["targets"].items()})
 
@@ -117,10 +125,21 @@ def _provenance(report: Document, *, private: bool) -> list[tuple[str, str]]:
     found = [] if local and not private else [("source", source)]
     found += [("revision", model["revision"])] if model["revision"] else []
     found += [("digest of what was read", model["inputs"])]
-    for title in ("calibration", "evaluation"):
-        part = report[title] or {}
-        found += [(f"{title} {key}", str(part[key])) for key in ("digest", "length", "dtype") if key in part]
+    for title, part in (*_calibrations(report), ("evaluation", report["evaluation"] or {})):
+        kept = ("digest", "samples", "length", "dtype")
+        found += [(f"{title} {key}", str(part[key])) for key in kept if part.get(key) is not None]
         text = part.get("source")
         if text and (private or text == "builtin"):
             found.append((f"{title} text", str(text)))
     return found + [(f"version of {name}", version) for name, version in report["versions"].items()]
+
+
+def _calibrations(report: Document) -> list[tuple[str, Document]]:
+    """Every text that a target was calibrated on, under a title: with the targets' names where there are several."""
+    found: dict[str, tuple[list[str], Document]] = {}
+    for name, target in report["targets"].items():
+        if part := target.get("calibration"):
+            found.setdefault(repr(part), ([], part))[0].append(name)
+    if len(found) == 1:
+        return [("calibration", part) for _, part in found.values()]
+    return [(f"{', '.join(names)}: calibration", part) for names, part in found.values()]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Bar", "Label", "Mark", "Plot", "Point", "Tick", "bars", "scatter"]
+__all__ = ["Bar", "Label", "Mark", "Plot", "Point", "Tick", "bars", "scatter", "shades"]
 
 WIDTH, HEIGHT = 760.0, 360.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 24.0, 16.0, 48.0
@@ -164,3 +164,16 @@ def bars(rows: Mapping[str, tuple[float, str, float | None]]) -> tuple[Bar, ...]
         Bar(name, text, 100 * value / longest, None if mark is None else 100 * mark / longest)
         for name, (value, text, mark) in rows.items()
     )
+
+
+def shades(rows: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:
+    """How dark each value is, in percent: on one logarithmic scale from the least above zero to the largest of all."""
+    above = [value for row in rows.values() for value in row if value > 0]
+    low, high = (math.log10(found(above)) for found in (min, max)) if above else (0.0, 0.0)
+
+    def shade(value: float) -> float:
+        if value <= 0:
+            return 0.0
+        return 10 + 90 * (math.log10(value) - low) / (high - low) if high > low else 100.0
+
+    return {name: tuple(map(shade, row)) for name, row in rows.items()}

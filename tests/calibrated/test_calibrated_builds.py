@@ -165,6 +165,9 @@ def test_targets_are_measured_against_their_source_once(build: Build, text: Path
     found = made["evaluation"]["targets"]
     assert 0 <= found["q8_0"]["kl"] < 0.01 < found["q2_k"]["kl"]
     assert found["awq_w4_g64"]["tokens"] == 3 * 64
+    errors = [found[name]["weights"]["model.layers.1.mlp.up_proj.weight"] for name in ("q8_0", "awq_w4_g64", "q2_k")]
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.2
+    assert all(len(result["weights"]) == 3 * 7 + 1 for result in found.values())
     again = build("target=[gguf/q8_0,gguf/q2_k,gguf/q4_0]", *words)
     assert actions(again) == {"evaluation.result": 1}
     assert again["evaluation"]["targets"]["q2_k"] == found["q2_k"]
@@ -201,7 +204,8 @@ def test_a_model_without_a_tokenizer_is_refused(attempt: Callable[..., Done], mo
 
 def test_a_gguf_file_cannot_be_calibrated_on(attempt: Callable[..., Done], build: Build) -> None:
     made = build("target=gguf/bf16")["targets"]["bf16"]["path"]
-    refused(attempt(f"model.source={made}", "target=imatrix"), 4, "GGUF", "safetensors")
+    for words in (("target=imatrix",), ("target=gguf/q8_0", "evaluation.source=builtin")):
+        refused(attempt("plan", f"model.source={made}", *words), 4, "GGUF", "safetensors")
 
 
 def test_a_budget_that_no_pass_fits_is_refused_with_what_helps(attempt: Callable[..., Done]) -> None:

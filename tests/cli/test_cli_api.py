@@ -22,8 +22,23 @@ def test_a_build_gives_paths_and_numbers_and_a_second_one_computes_nothing(tmp_p
     assert made.path.stat().st_size == made.bytes
     assert made.verdicts.keys() == {"run"}
     assert made.peak_ram > 0
+    assert made.calibration is made.evaluation is None
     assert second.targets["q8_0"].verdicts.keys() == {"hit"}
     assert second.targets["q8_0"].digest == made.digest == first.document["targets"]["q8_0"]["digest"]
+
+
+@pytest.mark.slow
+def test_an_evaluated_build_gives_its_numbers(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("How things are told apart by size and colour. " * 40)
+    words = [f"model.source={TINY}", "target=gguf/q8_0", f"out={tmp_path / 'out'}", f"store.dir={tmp_path / 'store'}"]
+    asked = [f"evaluation.source={text}", "evaluation.samples=2", "evaluation.length=64"]
+    made = qbuild.build(qbuild.configure(*words, *asked, folder=tmp_path), quiet=True)
+    found = made.targets["q8_0"].evaluation
+    assert found is not None
+    assert (found.tokens, found.kl < 0.01, found.top1 > 0.9) == (128, True, True)
+    assert found.weights["model.layers.0.mlp.up_proj.weight"] < 1e-4
+    assert found.perplexity == made.document["evaluation"]["targets"]["q8_0"]["perplexity"]
 
 
 def test_a_mapping_is_a_configuration(tmp_path: Path) -> None:

@@ -175,6 +175,28 @@ def test_weight_errors_are_relative_squares(source: Tensors) -> None:
     assert weight_errors(source, source, [name]) == {name: 0.0}
 
 
+@pytest.mark.parametrize("noise", [0.003, 0.1])
+def test_scales_that_awq_moved_elsewhere_are_no_error(noise: float, source: Tensors) -> None:
+    """Columns scaled up for the norm before them, rows scaled down for the linear behind; what was rounded stays."""
+    name, draw = "model.layers.0.mlp.up_proj.weight", torch.Generator().manual_seed(5)
+    exact = source.read(name).float()
+    lost = noise * exact.std() * torch.randn(exact.shape, generator=draw)
+    rows, columns = (2 ** (4 * torch.rand(n, generator=draw) - 2) for n in exact.shape)
+    scaled = Tensors(source.names, lambda _: (exact + lost) * rows[:, None] * columns)
+    found = weight_errors(source, scaled, [name], scaled="model.layers.")[name]
+    # A scale for each row and column takes a little of the noise with it: as many of its degrees of freedom.
+    share = 1 - sum(exact.shape) / exact.numel()
+    assert found == pytest.approx(share * float(lost.square().sum() / exact.square().sum()), rel=0.02)
+    assert weight_errors(source, scaled, [name])[name] > 0.5
+
+
+def test_experts_of_a_layer_count_as_one() -> None:
+    source = Tensors((), lambda name: torch.full((2, 4), 2.0) if "experts.0" in name else torch.zeros(2, 4))
+    model = Tensors((), lambda name: torch.full((2, 4), 1.0))
+    names = [f"layers.7.mlp.experts.{n}.up_proj.weight" for n in range(2)]
+    assert weight_errors(source, model, names) == {"layers.7.mlp.experts.up_proj.weight": (8 + 8) / 32}
+
+
 def test_parts_of_a_window_add_up_to_the_whole() -> None:
     draw = torch.Generator().manual_seed(3)
     p, q = torch.randn(2, 150, 50, generator=draw).unbind()

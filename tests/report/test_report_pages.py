@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qbuild.report import facts, pages
-from qbuild.report.plot import HEIGHT, WIDTH, Point, bars, scatter
+from qbuild.report.plot import HEIGHT, WIDTH, Point, bars, scatter, shades
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'q' `code` | [x](y)"
 RESULTS = {  # MiB, KL, perplexity, top-1
@@ -19,6 +19,12 @@ RESULTS = {  # MiB, KL, perplexity, top-1
     "q4_0": (91.7, 0.13, 41.0, 0.79),
     "q8_0": (145, 0.0004, 35.9, 0.985),
 }
+
+
+def weights(error: float) -> dict[str, float]:
+    """Of two layers and an embedding."""
+    layers = {f"model.layers.{n}.mlp.{kind}.weight": error * (n + 1) / 8 for n in (0, 1) for kind in ("up", "down")}
+    return layers | {"model.embed_tokens.weight": error / 64}
 
 
 def built(name: str = "m", evaluated: bool = True) -> dict[str, Any]:
@@ -39,7 +45,10 @@ def built(name: str = "m", evaluated: bool = True) -> dict[str, Any]:
         "versions": {"qbuild": "0.1.0"},
     }
     if evaluated:
-        found = {n: {"kl": kl, "perplexity": p, "top1": top} for n, (_, kl, p, top) in RESULTS.items()}
+        found = {
+            n: {"kl": kl, "perplexity": p, "top1": top, "weights": weights(kl)}
+            for n, (_, kl, p, top) in RESULTS.items()
+        }
         document["evaluation"] = {"source": "/home/me/text", "length": 512, "dtype": "float32", "targets": found}
     return document
 
@@ -78,6 +87,9 @@ def test_every_number_of_the_json_is_on_the_page() -> None:
             assert f"{target[key]} bytes" in titles
         for key in ("kl", "perplexity", "top1"):
             assert str(target["evaluation"][key]) in titles
+        for layer, error in enumerate(target["errors"]["layers"]):
+            assert f"layer {layer}: {error}" in titles
+        assert {str(target["errors"]["mean"]), str(target["errors"]["largest"][1])} <= set(titles)
         assert target["digest"] in pages.html(report)
         assert f"<td>{target['seconds']}</td>" in pages.html(report)
 
@@ -139,6 +151,31 @@ def test_what_was_not_made_now_has_no_seconds() -> None:
     assert re.search(
         r'q2_k</th><td>0</td><td>29</td><td>–</td>\s*<td title="0 bytes">–</td>', pages.html(facts.report(document))
     )
+
+
+def test_errors_of_weights_are_told_by_layer() -> None:
+    told = facts.errors({"model.layers.1.a": 0.5, "model.layers.0.a": 0.25, "model.layers.0.b": 0.75, "head": 0.0})
+    assert told == {"layers": [0.5, 0.5], "mean": 0.375, "largest": ["model.layers.0.b", 0.75]}
+    document = built()
+    for result in document["evaluation"]["targets"].values():
+        del result["weights"]  # of an earlier version
+    assert "layer by layer" not in pages.html(facts.report(document))
+
+
+def test_shades_tell_values_apart_over_decades() -> None:
+    assert shades({"a": (0.001, 0.1), "b": (0.01, 0.0)}) == {"a": (10, 100), "b": (pytest.approx(55), 0)}
+    assert shades({"a": (0.5,)}) == {"a": (100,)}
+
+
+def test_every_calibration_is_told_with_its_digest() -> None:
+    document = built()
+    one = {"source": "builtin", "samples": 8, "length": 64, "seed": 0, "dtype": "float32", "digest": "aa/1"}
+    document["targets"]["q2_k"]["calibration"] = one
+    assert '<dt>calibration digest</dt><dd class="mono">aa/1</dd>' in pages.html(facts.report(document))
+    document["targets"]["q4_0"]["calibration"] = one | {"samples": 16, "digest": "bb/1"}
+    page = pages.html(facts.report(document))
+    assert '<dt>q2_k: calibration samples</dt><dd class="mono">8</dd>' in page
+    assert '<dt>q4_0: calibration digest</dt><dd class="mono">bb/1</dd>' in page
 
 
 def test_the_front_is_what_nothing_beats() -> None:
