@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbuild.budget import format_size
 from qbuild.progress import duration
-from qbuild.report.plot import Bar, Plot, Point, bars, scatter, shades
+from qbuild.report.plot import Bar, Plot, Point, bars, scatter
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -94,10 +94,10 @@ def _plot(report: Document, metric: str) -> Plot:
 
 
 def _strips(report: Document) -> dict[str, list[tuple[float, float]]]:
-    """Layer by layer, how dark the mean error of a target's weights is, and the error."""
+    """Layer by layer, the mean error of a target's weights: in percent of its worst layer's, and as it is."""
     told = {name: report["targets"][name]["errors"] for name in _measured(report)}
     layers = {name: errors["layers"] for name, errors in told.items() if errors and errors["layers"]}
-    return {name: list(zip(shade, layers[name], strict=True)) for name, shade in shades(layers).items()}
+    return {n: [(100 * error / (max(row) or 1.0), error) for error in row] for n, row in layers.items()}
 
 
 def _sizes(report: Document) -> Sequence[Bar]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["Bar", "Label", "Mark", "Plot", "Point", "Tick", "bars", "scatter", "shades"]
+__all__ = ["Bar", "Label", "Mark", "Plot", "Point", "Tick", "bars", "scatter"]
 
 WIDTH, HEIGHT = 760.0, 360.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 24.0, 16.0, 48.0
@@ -134,6 +134,8 @@ def _label(text: str, x: float, y: float, taken: list[Box]) -> Label | None:
         (Label(x - gap, y + 4, "end"), x - gap - wide, y - LINE / 2),
         (Label(x, y + gap + 9, "middle"), x - wide / 2, y + gap - 3),
     ]
+    for label, left in (Label(x + gap, y, "start"), x + gap), (Label(x - gap, y, "end"), x - gap - wide):
+        sides += [(replace(label, y=y + off + 4), left, y + off - LINE / 2) for off in (-LINE, LINE)]
     for label, left, top in sides:
         box = (left, top, left + wide, top + LINE)
         inside = left >= LEFT and box[2] <= WIDTH and top >= 0 and box[3] <= HEIGHT - BOTTOM
@@ -164,16 +166,3 @@ def bars(rows: Mapping[str, tuple[float, str, float | None]]) -> tuple[Bar, ...]
         Bar(name, text, 100 * value / longest, None if mark is None else 100 * mark / longest)
         for name, (value, text, mark) in rows.items()
     )
-
-
-def shades(rows: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:
-    """How dark each value is, in percent: on one logarithmic scale from the least above zero to the largest of all."""
-    above = [value for row in rows.values() for value in row if value > 0]
-    low, high = (math.log10(found(above)) for found in (min, max)) if above else (0.0, 0.0)
-
-    def shade(value: float) -> float:
-        if value <= 0:
-            return 0.0
-        return 10 + 90 * (math.log10(value) - low) / (high - low) if high > low else 100.0
-
-    return {name: tuple(map(shade, row)) for name, row in rows.items()}

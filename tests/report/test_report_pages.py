@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qbuild.report import facts, pages
-from qbuild.report.plot import HEIGHT, WIDTH, Point, bars, scatter, shades
+from qbuild.report.plot import HEIGHT, WIDTH, Point, bars, scatter
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'q' `code` | [x](y)"
 RESULTS = {  # MiB, KL, perplexity, top-1
@@ -162,9 +162,12 @@ def test_errors_of_weights_are_told_by_layer() -> None:
     assert "layer by layer" not in pages.html(facts.report(document))
 
 
-def test_shades_tell_values_apart_over_decades() -> None:
-    assert shades({"a": (0.001, 0.1), "b": (0.01, 0.0)}) == {"a": (10, 100), "b": (pytest.approx(55), 0)}
-    assert shades({"a": (0.5,)}) == {"a": (100,)}
+def test_layers_are_drawn_against_the_worst_of_their_target() -> None:
+    document = built()
+    drawn = [v for v in Page(pages.html(facts.report(document))).values("style") if v.startswith("height")]
+    assert drawn == ["height: 50.0%", "height: 100.0%"] * len(RESULTS)
+    document["evaluation"]["targets"]["q8_0"]["weights"] = {"model.layers.0.up": 0.0}
+    assert "height: 0.0%" in pages.html(facts.report(document))
 
 
 def test_every_calibration_is_told_with_its_digest() -> None:
