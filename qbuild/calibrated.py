@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 
-from qbuild import device, schema
-from qbuild.actions import directory, evaluation, importance, solve, statistics, tokens, weights
+from qbuild import device, machine, schema
+from qbuild.actions import backend, directory, evaluation, importance, solve, statistics, tokens, weights
 from qbuild.arch.convert import TensorSpec
+from qbuild.backends.environment import Environment, environment
+from qbuild.backends.run import suit
 from qbuild.budget import parse_size
 from qbuild.calibration import extent
 from qbuild.calibration.texts import documents, files
 from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest, digest_bytes
-from qbuild.errors import InputError
+from qbuild.errors import ConfigError, InputError
 from qbuild.graph import Action, Graph, Input, Output, Source
 from qbuild.quant.directory import Directory, plain_dtype
 from qbuild.quant.directory import directory as plan_directory
@@ -29,11 +31,13 @@ __all__ = ["CalibratedTarget", "Calibration", "Evaluation"]
 
 NEEDS = "both run the model: name a directory of safetensors with its config.json, or a Hub id"
 MATRIX = "imatrix"  # id of the action that makes the importance matrix
+NATIVE_ONLY = ("scaled", "rounding", "order")  # settings of a target that no other library has
 
 
 @dataclass(frozen=True)
 class CalibratedTarget:
-    """A directory of packed safetensors, or an importance matrix. ``tensors``: the actions that it is made of."""
+    """A directory of packed safetensors, or an importance matrix. ``tensors``: the actions that it is made of;
+    ``environment``: of the library that makes it, where that is not qbuild."""
 
     name: str
     file_name: str
@@ -45,6 +49,7 @@ class CalibratedTarget:
     types: Mapping[str, tuple[int, int]]  # type → (tensors, bytes)
     directory: Directory | None = None
     scheme: Scheme | None = None
+    environment: Environment | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,10 @@ class Calibration:
         self.config, self.checkpoint, self.specs, self.graph, self.fetch = config, checkpoint, specs, graph, fetch
         self.model = extent.model_shape(checkpoint.config, {n: t.shape for n, t in checkpoint.tensors.items()})
         self.device = device.for_calibration(config)
-        grams = any(isinstance(target, schema.DirectoryTarget) for target in config.targets.values())
+        grams = any(
+            isinstance(t, schema.DirectoryTarget) and schema.backend(t) == schema.NATIVE
+            for t in config.targets.values()
+        )
         self.detail = "gram" if grams else "diagonal"
 
     # sources ---------------------------------------------------------------------------------------------------------
@@ -102,6 +110,15 @@ class Calibration:
         names = self.model.layers[layer].tensors if layer >= 0 else self.model.before
         inputs += [(f"source {name}", self.source(name)) for name in names]
         return self.graph.add(Action(f"weights:{layer}", weights.KIND, weights.Params(), tuple(inputs)))
+
+    @cached_property
+    def every_weight(self) -> Output:
+        """All weights of the model, under one digest."""
+        every = [("before", self.weights(len(self.model.layers) - 1))]
+        inside = {name for layer in self.model.layers for name in layer.tensors} | set(self.model.before)
+        after = sorted(name for name in self.checkpoint.tensors if name not in inside)
+        sources = ((f"source {name}", self.source(name)) for name in after)
+        return self.graph.add(Action("weights", weights.KIND, weights.Params(), (*every, *sources)))
 
     @cached_property
     def model_config(self) -> Digest:
@@ -141,21 +158,64 @@ class Calibration:
     def _directory(self, name: str, target: schema.DirectoryTarget, folder: str) -> CalibratedTarget:
         place = f"targets.{name}"
         scheme = _scheme(target, self.checkpoint)
+        library = self._library(target, scheme, place)
         limit = parse_size(target.max_shard_size, f"{place}.max_shard_size")
         linears = [linear.name for layer in self.model.layers for linear in layer.linears]
-        planned = plan_directory(self.checkpoint, scheme, linears, place=place, max_shard_size=limit)
+        made_by = f"{library.backend}:{library.version}" if library else "qbuild"
+        planned = plan_directory(self.checkpoint, scheme, linears, place=place, max_shard_size=limit, quantizer=made_by)
+        copied = [(path, self._side_file(path)) for path in sorted(planned.copies)]
+        make = self._native if library is None else partial(self._by_library, library)
+        action, parts = make(f"file:{name}", target, scheme, planned)
+        made = self.graph.add(replace(action, inputs=(*action.inputs, *copied)))
+        copies = sum(path.stat().st_size for path in planned.copies.values())
+        size, types = planned.size + copies, _types(planned, scheme)
+        return CalibratedTarget(
+            name,
+            folder,
+            parts or (made.action,),
+            made.action,
+            size,
+            True,
+            self.model.weights,
+            types,
+            planned,
+            scheme,
+            library,
+        )
+
+    def _native(
+        self, id_: str, target: schema.DirectoryTarget, scheme: Scheme, planned: Directory
+    ) -> tuple[Action, tuple[str, ...]]:
+        """The action that packs solved layers, and those that solve them."""
         solved = tuple(self._solved(layer, target) for layer in self.model.layers)
         inputs: list[tuple[str, Input]] = [(f"layer {i}", output) for i, output in enumerate(solved)]
         plain = [item.source for file in planned.files for item in file.items if not item.linear]
         inputs += [(f"source {source}", self.source(source)) for source in plain]
-        inputs += [(copied, self._side_file(copied)) for copied in sorted(planned.copies)]
         params = directory.Params(scheme.layout, directory.planned(planned))
-        made = self.graph.add(Action(f"file:{name}", directory.KIND, params, tuple(inputs)))
-        actions = tuple(output.action for output in solved)
-        copies = sum(path.stat().st_size for path in planned.copies.values())
-        size, types = planned.size + copies, _types(planned, scheme)
-        weights_ = self.model.weights
-        return CalibratedTarget(name, folder, actions, made.action, size, True, weights_, types, planned, scheme)
+        return Action(id_, directory.KIND, params, tuple(inputs)), tuple(output.action for output in solved)
+
+    def _library(self, target: schema.DirectoryTarget, scheme: Scheme, place: str) -> Environment | None:
+        """The environment of the library that makes a target; None: qbuild does. ConfigError where it cannot."""
+        name = schema.backend(target)
+        if name == schema.NATIVE:
+            return None
+        suit(name, scheme, self.device, place)
+        defaults = {f.name: f.default for f in fields(target)}
+        for setting in (*NATIVE_ONLY, *(("damping",) if name == "autoawq" else ())):
+            if getattr(target, setting) != defaults[setting]:
+                fact = f"is a setting of qbuild's own quantizer, {name} has none like it"
+                raise ConfigError(f"{place}.{setting}", fact, f"leave it out, or {place}.backend=native")
+        folder = self.config.backend.dir
+        return environment(name, Path(folder).expanduser().absolute() if folder else machine.cache_dir() / "backends")
+
+    def _by_library(
+        self, library: Environment, id_: str, target: schema.DirectoryTarget, scheme: Scheme, planned: Directory
+    ) -> tuple[Action, tuple[str, ...]]:
+        """The action that lets another library quantize the whole model, on the same windows of tokens."""
+        files = directory.planned(planned)
+        params = backend.Params(library.backend, library.digest, scheme, target.damping, files, self.device)
+        inputs = (("tokens", self.tokens), ("config", self.model_config), ("weights", self.every_weight))
+        return Action(id_, backend.KIND, params, inputs), ()
 
     def _solved(self, layer: extent.LayerShape, target: schema.DirectoryTarget) -> Output:
         """A layer quantized as a target asks; targets that ask the same share it, whatever their layouts."""
@@ -180,14 +240,9 @@ class Calibration:
     def evaluation(self, targets: Mapping[str, str]) -> Evaluation:
         """How far targets (name → action) are from the source: the source is run once for all of them."""
         wanted = self.config.evaluation
-        every = [("before", self.weights(len(self.model.layers) - 1))]
-        inside = {name for layer in self.model.layers for name in layer.tensors} | set(self.model.before)
-        after = sorted(name for name in self.checkpoint.tensors if name not in inside)
-        sources = ((f"source {name}", self.source(name)) for name in after)
-        whole = self.graph.add(Action("weights", weights.KIND, weights.Params(), (*every, *sources)))
         text = self._tokens("evaluation tokens", wanted)
         params = evaluation.Params(wanted.dtype, self.device)
-        shared = (("tokens", text), ("config", self.model_config), ("weights", whole))
+        shared = (("tokens", text), ("config", self.model_config), ("weights", self.every_weight))
         states = self.graph.add(Action("evaluation states", evaluation.STATES, params, shared))
         results = {}
         for name, action in targets.items():

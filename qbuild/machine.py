@@ -26,6 +26,7 @@ __all__ = [
     "null_record",
     "peak_rss",
     "process_rss",
+    "tree_rss",
     "worker_environ",
 ]
 
@@ -124,6 +125,15 @@ def process_rss(pid: int) -> int:
         return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return _rss_elsewhere(pid)
+
+
+def tree_rss(pid: int) -> int:
+    """Resident bytes of a process and of those that its main thread started."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        children = []  # it is gone, or there is no /proc
+    return process_rss(pid) + sum(tree_rss(int(child)) for child in children)
 
 
 def _rss_elsewhere(pid: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 from qbuild import device, machine, schema
 from qbuild.actions import (
+    backend,
     directory,
     evaluation,
     file,
@@ -61,7 +62,7 @@ TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 3e10, "solve": 2e10} | {
     )
 }
 
-KINDS = (tensor, file, metadata, tokens, weights, statistics, solve, importance, directory)
+KINDS = (tensor, file, metadata, tokens, weights, statistics, solve, importance, directory, backend)
 SALTS = {module.KIND: module.SALT for module in KINDS}
 SALTS |= dict.fromkeys((evaluation.STATES, evaluation.RESULT), evaluation.SALT)
 VERSIONS: dict[str, tuple[str, ...]] = {

@@ -52,8 +52,9 @@ def plan(document: Document) -> str:
         rows.append(["VRAM", format_size(needs["vram"]), format_size(budget["vram"])])
     rows.append(["disk", format_size(needs["disk"]), format_size(budget["disk"])])
     rows.append(["threads", str(document["strategy"]["threads"]), str(budget["threads"])])
+    notes = [line for step in document["steps"] for note in step["notes"] for line in ("", *textwrap.wrap(note, WIDTH))]
     time = f", about {duration(needs['seconds'])}" if needs["seconds"] is not None else ""
-    return _text([*lines, *table(rows), "", f"reads {format_size(needs['read_bytes'])}{time}"])
+    return _text([*lines, *table(rows), *notes, "", f"reads {format_size(needs['read_bytes'])}{time}"])
 
 
 def _outlook(verdict: Mapping[str, str]) -> str:

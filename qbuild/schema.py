@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from qbuild.backends.environment import BACKENDS
 from qbuild.budget import parse_size
 from qbuild.errors import ConfigError
 from qbuild.ggml import FILE_TYPES, QTYPES
@@ -22,7 +23,9 @@ from qbuild.ggml import FILE_TYPES, QTYPES
 __all__ = [
     "CALIBRATED",
     "FORMATS",
+    "NATIVE",
     "AwqTarget",
+    "BackendConf",
     "BudgetConf",
     "CalibrationConf",
     "Config",
@@ -36,6 +39,7 @@ __all__ = [
     "Model",
     "StoreConf",
     "Target",
+    "backend",
     "close",
     "keys",
     "label",
@@ -110,6 +114,8 @@ def _tensor_types(value: Any, place: str) -> None:
 
 SIZE, COUNT = {"check": _size}, {"check": _count}
 TENSOR_TYPE = one_of(*QTYPES, what="a tensor type")
+NATIVE = "native"  # quantized by qbuild itself
+BACKEND = one_of(NATIVE, *BACKENDS, what="a backend")
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,7 @@ class AwqTarget(DirectoryTarget):
     """AutoAWQ's gemm layout: 4 bits, asymmetric."""
 
     format: str = "awq"
+    backend: str = field(default=NATIVE, metadata=BACKEND)
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,7 @@ class GptqTarget(DirectoryTarget):
     bits: int = field(default=4, metadata=_whole(2, 3, 4, 8))
     symmetric: bool = True
     layout: str = field(default="gptq", metadata=one_of("gptq", "gptq_v2", what="a layout"))
+    backend: str = field(default=NATIVE, metadata=BACKEND)
 
 
 @dataclass(frozen=True)
@@ -235,6 +243,14 @@ class StoreConf:
 
 
 @dataclass(frozen=True)
+class BackendConf:
+    """Where the environments of other quantizers lie, and how pip makes them."""
+
+    dir: str | None = None  # null: in the user's cache folder
+    pip: str | None = None  # further options of pip install: --no-index --find-links=DIR
+
+
+@dataclass(frozen=True)
 class GraphConf:
     format: str = field(default="text", metadata=one_of("text", "dot", "mermaid", what="a graph format"))
 
@@ -249,6 +265,7 @@ class Config:
     evaluation: EvaluationConf = EvaluationConf()
     budget: BudgetConf = BudgetConf()
     store: StoreConf = StoreConf()
+    backend: BackendConf = BackendConf()
     graph: GraphConf = GraphConf()
     out: str | None = None  # null: outputs/<model name>
     device: str = field(default="auto", metadata=one_of("auto", "cpu", "cuda", what="a device"))
@@ -277,17 +294,27 @@ def label(target: Target) -> str:
         case GgufTarget():
             return target.ftype
         case AwqTarget():
-            return f"AWQ-w4-{_grouped(target.group_size)}"
+            return f"AWQ-w4-{_grouped(target.group_size)}{_made_by(target.backend)}"
         case GptqTarget():
-            return f"GPTQ-w{target.bits}-{_grouped(target.group_size)}{'' if target.symmetric else '-asym'}"
+            asymmetric = "" if target.symmetric else "-asym"
+            return f"GPTQ-w{target.bits}-{_grouped(target.group_size)}{asymmetric}{_made_by(target.backend)}"
         case CtTarget():
             return f"CT-w{target.bits}a16-{_grouped(target.group_size)}{'' if target.symmetric else '-asym'}"
         case _:
             return target.format
 
 
+def backend(target: Target) -> str:
+    """What quantizes a target."""
+    return target.backend if isinstance(target, AwqTarget | GptqTarget) else NATIVE
+
+
 def _grouped(size: int) -> str:
     return "channel" if size == -1 else f"g{size}"
+
+
+def _made_by(backend: str) -> str:
+    return "" if backend == NATIVE else f"-{backend}"
 
 
 def parse(data: Mapping[str, Any]) -> Config:

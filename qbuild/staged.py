@@ -5,13 +5,16 @@ Afterwards every calibrated target is a hit, and a GGUF target that waits for an
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 
-from qbuild.actions import directory, hashing, importance, solve, statistics, tokens, weights
+from qbuild.actions import backend, directory, hashing, importance, solve, statistics, tokens, weights
+from qbuild.backends import environment
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import CalibratedTarget
 from qbuild.digest import Digest
+from qbuild.errors import ActionFailed
 from qbuild.graph import Action, Output, Source
 from qbuild.plan import Judge, Plan, Verdict
 from qbuild.running import Jobs
@@ -22,7 +25,7 @@ RATES = {statistics.KIND: "forward", solve.KIND: "solve"}
 
 __all__ = ["KINDS", "Stage", "hash_sources"]
 
-KINDS = frozenset((tokens.KIND, statistics.KIND, solve.KIND, importance.KIND, directory.KIND))
+KINDS = frozenset((tokens.KIND, statistics.KIND, solve.KIND, importance.KIND, directory.KIND, backend.KIND))
 
 
 def hash_sources(made: Plan, jobs: Jobs, judge: Judge, sources: Iterable[Source]) -> int:
@@ -76,7 +79,9 @@ class Stage:
             solve.KIND: self._solve,
             importance.KIND: self._matrix,
             directory.KIND: self._directories,
+            backend.KIND: self._backends,
         }
+        self._environments()
         for step in self.plan.steps:
             todo = [actions[a] for a in self._missing() if actions[a].kind == step.kind]
             if todo:
@@ -84,6 +89,20 @@ class Stage:
                 if step.work > MEASURABLE:
                     self.cache.note_rate(RATES[step.kind], step.work / seconds / self.plan.budget.threads)
                 self._settle()
+
+    def _environments(self) -> None:
+        """Make the environments that a step will need, before anything else is done: it is the part that may fail."""
+        config, missing_ = self.resolved.config, set(self._missing())
+        for target in self.resolved.targets:
+            wanted = target.environment if isinstance(target, CalibratedTarget) else None
+            if wanted is None or wanted.ready or target.action not in missing_:
+                continue
+            if config.offline and not config.backend.pip:
+                fact = f"its environment is not there and offline=true: {wanted.path}"
+                remedy = "make it with a network once, or name a folder of packages: backend.pip='--no-index …'"
+                raise ActionFailed(f"backend {wanted.backend}", fact, remedy)
+            self.jobs.sink.message("info", wanted.announcement())
+            environment.create(wanted, shlex.split(config.backend.pip or ""))
 
     def _settle(self) -> None:
         """Verdicts again: what was made has outputs now, so what reads it has a key."""
@@ -174,6 +193,35 @@ class Stage:
             title = f"{self.resolved.name} → {target.name}"
             with self.jobs.progress(title, len(target.directory.files), target.directory.size, "files"):
                 done = self.jobs.run(step.kind, f"{step.label} '{target.name}'", task, step.ram)
+            self._note(target.action, done.value.tree)
+            self.read_bytes += done.value.read_bytes
+            self.written_bytes += done.value.written_bytes
+            seconds += done.seconds
+        return seconds
+
+    def _backends(self, step: Step, todo: list[Action]) -> float:
+        seconds, wanted = 0.0, {action.id: action for action in todo}
+        for target in self.resolved.targets:
+            if not isinstance(target, CalibratedTarget) or target.action not in wanted:
+                continue
+            if target.directory is None or target.environment is None:
+                raise RuntimeError(f"BUG: {target.name} is no directory of another library")
+            params, key = wanted[target.action].params, self._key(wanted[target.action])
+            tokens_ = self._output(self.calibration.tokens.action)
+            task = backend.Task(
+                key,
+                f"targets.{target.name}",
+                self.resolved.checkpoint,
+                target.environment,
+                tokens_,
+                params,
+                target.directory,
+                self.plan.budget.threads,
+            )
+            label = f"{params.backend} '{target.name}'"
+            title = f"{self.resolved.name} → {target.name} by {params.backend} {target.environment.version}"
+            with self.jobs.progress(title, len(target.directory.files), target.directory.size, "files"):
+                done = self.jobs.run(step.kind, label, task, step.ram)
             self._note(target.action, done.value.tree)
             self.read_bytes += done.value.read_bytes
             self.written_bytes += done.value.written_bytes

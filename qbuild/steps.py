@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from qbuild.actions import directory, evaluation, importance, solve, statistics, tokens
+from qbuild.actions import backend, directory, evaluation, importance, solve, statistics, tokens
+from qbuild.backends import footprint as libraries
 from qbuild.budget import Budget, Remedy, refuse
 from qbuild.calibrated import CalibratedTarget, Calibration
 from qbuild.calibration import extent, shapes
@@ -16,6 +17,7 @@ from qbuild.lower import PARENT_RAM
 from qbuild.recipe import Resolved
 
 AFTER_ANOTHER = 192 << 20  # what the allocator keeps of the model measured before (measured: 151 MiB)
+DOWNLOAD = 1e7  # bytes a second that pip downloads and unpacks, about
 BUILTIN_BYTES = 1 << 17  # of the text that comes with qbuild, about
 
 __all__ = ["Step", "evaluations", "missing", "steps"]
@@ -29,7 +31,8 @@ class State(Protocol):
 @dataclass(frozen=True)
 class Step:
     """One kind of job. ``ram`` and ``vram`` are the peak of its worker in bytes, ``disk`` what stays of it in the
-    store, ``temporary`` what is gone when it ends; ``count`` actions will run."""
+    store, ``temporary`` what is gone when it ends; ``count`` actions will run. ``notes``: what a user should know
+    before it begins."""
 
     kind: str
     label: str
@@ -41,6 +44,7 @@ class Step:
     vram: int = 0
     spill: bool = False
     work: float = 0.0  # floating-point operations, where a rate of this machine tells the seconds
+    notes: tuple[str, ...] = ()
 
 
 def missing(resolved: Resolved, verdicts: Mapping[str, State]) -> list[str]:
@@ -74,6 +78,7 @@ def steps(
         solve.KIND: planner.solve,
         importance.KIND: planner.matrix,
         directory.KIND: planner.directories,
+        backend.KIND: planner.backends,
     }
     return tuple(make(todo[kind]) for kind, make in makers.items() if kind in todo)
 
@@ -181,6 +186,34 @@ class _Planner:
         self._check("writing " + ", ".join(f"'{t.name}'" for t in targets), ram, [])
         seconds = sum(t.nbytes for t in targets) / self.rate("write") + 4.0
         return Step(directory.KIND, "writing", len(todo), ram, seconds)
+
+    def backends(self, todo: list[Action]) -> Step:
+        """Other libraries, one target after the other; their environments are made where they are not there yet."""
+        made = {a.id: a.params for a in todo}
+        targets = [t for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.action in made]
+        lacking = {t.environment for t in targets if t.environment is not None and not t.environment.ready}
+        names = ", ".join(f"'{t.name}' by {made[t.action].backend}" for t in targets)
+        wanted = self.resolved.config.calibration
+        tokens_ = int(wanted.samples) * int(wanted.length)
+        needs = [libraries.needs(params.backend, self.model, tokens_, params.device) for params in made.values()]
+        ram, vram = max(need.ram for need in needs), max(need.vram for need in needs)
+        self._check(names, ram, [])
+        if vram > self.budget.vram:
+            raised = Remedy("a larger device", vram, f"budget.vram={-(-vram // (1 << 20))}MiB")
+            raise refuse(names, "VRAM", vram, self.budget.vram, [raised])
+        threads = self.budget.threads if self.calibration.device == "cpu" else 1
+        seconds = sum(need.seconds / threads for need in needs) + sum(e.download / DOWNLOAD for e in lacking)
+        return Step(
+            backend.KIND,
+            names,
+            len(todo),
+            ram,
+            seconds,
+            sum(e.disk for e in lacking),
+            max(t.nbytes for t in targets),
+            vram,
+            notes=tuple(sorted(e.announcement() for e in lacking)),
+        )
 
     def _check(self, who: str, ram: int, remedies: list[Remedy]) -> None:
         if ram > self.room:

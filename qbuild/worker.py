@@ -89,7 +89,8 @@ def run(job: Job, on_event: Emit) -> Done:
         raise value
     if status == "bug":
         raise RuntimeError(f"in worker {job.label}:\n{value}")
-    return Done(value, peak or watch.peak, time.monotonic() - began)
+    # What the worker measures is its own; what it started was seen from here.
+    return Done(value, max(peak, watch.peak), time.monotonic() - began)
 
 
 def _listen(connection: Connection, watch: _Watch) -> tuple[Any, ...]:
@@ -120,7 +121,7 @@ class _Watch:
         self.on_event(event | {"rss": self.rss})
 
     def look(self) -> None:
-        self.rss = machine.process_rss(self.process.pid)
+        self.rss = machine.tree_rss(self.process.pid)
         self.peak = max(self.peak, self.rss)
         if self.rss > self.job.limit and not self.stopped:
             self.stopped = True
@@ -177,6 +178,7 @@ JOBS = {
     "quant.layer": "qbuild.jobs.solve",
     "calibration.imatrix": "qbuild.jobs.importance",
     "checkpoint.directory": "qbuild.jobs.directory",
+    "quant.backend": "qbuild.jobs.backend",
     "evaluation.result": "qbuild.jobs.evaluation",
 }
 

@@ -59,9 +59,20 @@ class Environment:
         return self._marker.is_file()
 
     @property
+    def version(self) -> str:
+        """Of the library."""
+        name = self.backend.replace("_", "-")
+        return next(p.version for p in self.packages if p.name.lower().replace("_", "-") == name)
+
+    @property
     def download(self) -> int:
         """Bytes that making it downloads."""
         return sum(package.nbytes for package in self.packages)
+
+    @property
+    def disk(self) -> int:
+        """Bytes that making it takes: what is unpacked, and what pip keeps of the download."""
+        return int(self.download * (1 + UNPACKED))
 
     @property
     def _marker(self) -> Path:
@@ -72,8 +83,9 @@ class Environment:
         largest = sorted(self.packages, key=lambda package: -package.nbytes)[:3]
         libraries = ", ".join(f"{package.name} {package.version}" for package in largest)
         return (
-            f"{self.backend} runs in an environment of its own: {len(self.packages)} packages ({libraries}, …), "
-            f"{format_size(self.download)} to download, into {self.path}"
+            f"{self.backend} {self.version} runs in an environment of its own: {len(self.packages)} packages "
+            f"({libraries}, …), {format_size(self.download)} to download, {format_size(self.disk)} of disk at most, "
+            f"into {self.path}"
         )
 
 
@@ -129,7 +141,7 @@ def create(wanted: Environment, pip: Sequence[str] = ()) -> None:
 def variables(backend: str) -> dict[str, str]:
     """The environment variables of a backend's processes; packages of other environments are not theirs."""
     kept = {name: value for name, value in machine.environ().items() if not name.startswith("PYTHON")}
-    return {**kept, **VARIABLES.get(backend, {})}
+    return {**kept, "HF_HUB_OFFLINE": "1", **VARIABLES.get(backend, {})}
 
 
 def _install(wanted: Environment, pip: Sequence[str]) -> None:
@@ -149,7 +161,7 @@ def _run(wanted: Environment, command: Sequence[str]) -> None:
     if done.returncode:
         said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         said = [line for line in said if "rror" in line] or said
-        remedy = "check the network, or give backend.pip the options of pip that find packages without one"
+        remedy = "check the network, or name a folder of packages: backend.pip='--no-index --find-links=DIR'"
         raise ActionFailed(f"backend {wanted.backend}", "\n  ".join(["cannot be installed:", *said[-4:]]), remedy)
 
 
@@ -164,9 +176,9 @@ def _python(version: str) -> str:
 
 
 def _enough_disk(wanted: Environment) -> None:
-    needed, free = int(wanted.download * (1 + UNPACKED)), disk_free(wanted.path.parent)
-    if free < needed:
-        fact = f"needs {format_size(needed)} of disk, {format_size(free)} are free"
+    free = disk_free(wanted.path.parent)
+    if free < wanted.disk:
+        fact = f"needs {format_size(wanted.disk)} of disk, {format_size(free)} are free"
         raise ActionFailed(
-            f"backend {wanted.backend}", fact, f"free some, or set backend.dir: it lies in {wanted.path}"
+            f"backend {wanted.backend}", fact, f"free some, or backend.dir=/BIG/DISK: it lies in {wanted.path}"
         )

@@ -1,26 +1,28 @@
-"""Running a backend: a request for its driver, and its output checked like our own."""
+"""Running a backend: what it can make, a request for its driver, and its output checked before it is believed."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-
 from qbuild.backends.environment import Environment, variables
-from qbuild.errors import ActionFailed, ConfigError
-from qbuild.quant.shapes import Scheme, packed, scheme_of
+from qbuild.errors import ActionFailed, ConfigError, InputError
+from qbuild.quant.directory import DERIVED, Directory, Item
+from qbuild.quant.shapes import Scheme, scheme_of
 
-__all__ = ["Made", "Request", "check", "run", "suit"]
+__all__ = ["Output", "Request", "run", "suit"]
 
 DRIVERS = Path(__file__).parent / "drivers"
 LAYOUTS = {"autoawq": ("awq-gemm",), "auto_gptq": ("gptq",), "gptqmodel": ("gptq", "gptq_v2")}
 ON_CUDA_ONLY = {"auto_gptq"}
+DTYPES = {"F16": "float16", "BF16": "bfloat16"}
+WITHOUT = "backend=native quantizes without it"
 WORDS = 6  # lines of a log that an error repeats
+CHUNK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,7 @@ class Request:
     scheme: Scheme
     damping: float
     device: str
-
-
-@dataclass(frozen=True)
-class Made:
-    """``version`` of the library; ``peak_ram`` of its process in bytes."""
-
-    version: str
-    peak_ram: int
+    threads: int
 
 
 def suit(backend: str, scheme: Scheme, device: str, place: str) -> None:
@@ -47,79 +42,113 @@ def suit(backend: str, scheme: Scheme, device: str, place: str) -> None:
     if scheme.layout not in LAYOUTS[backend]:
         others = [name for name, layouts in LAYOUTS.items() if scheme.layout in layouts]
         raise ConfigError(
-            place, f"{backend} does not make {scheme.layout}", f"backend={' or '.join(['native', *others])}"
+            place, f"{backend} does not make {scheme.layout}", f"{place}.backend={' or '.join(['native', *others])}"
         )
     if device == "cpu" and backend in ON_CUDA_ONLY:
-        raise ConfigError(
-            place, f"{backend} quantizes on CUDA only, the device is cpu", "device=cuda, or backend=native"
-        )
+        fact = f"{backend} quantizes on CUDA only, the device is cpu"
+        raise ConfigError(place, fact, f"device=cuda, or {place}.backend=native")
 
 
-def run(environment: Environment, request: Request, out: Path, scratch: Path) -> Made:
+def run(environment: Environment, request: Request, out: Path, scratch: Path) -> None:
     """Quantize into ``out``, a directory that does not exist yet; ``scratch`` is an empty folder for what goes between.
-    Tokenizer and generation files are left to the caller: not every library copies them.
 
-    ActionFailed with the library's last words where it fails; its whole log is ``scratch/log.txt`` until then.
+    ActionFailed with the library's last words where it fails; its whole log is ``scratch/log.txt``.
     """
-    tokens, done, asked = scratch / "tokens.json", scratch / "done.json", scratch / "request.json"
+    tokens, done, asked = scratch / "tokens.json", scratch / "done", scratch / "request.json"
     tokens.write_text(json.dumps([list(window) for window in request.tokens]))
     scheme = request.scheme
     document = {
-        "model": str(request.model), "tokens": str(tokens), "out": str(out), "done": str(done),
-        "layout": scheme.layout, "bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric,
-        "indexed": scheme.indexed, "damping": request.damping, "device": request.device,
+        "backend": environment.backend, "model": str(request.model), "tokens": str(tokens), "out": str(out),
+        "done": str(done), "layout": scheme.layout, "bits": scheme.bits, "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric, "dtype": DTYPES[scheme.dtype], "damping": request.damping,
+        "device": request.device, "threads": request.threads,
     }  # fmt: skip
     asked.write_text(json.dumps(document))
-    command = [str(environment.interpreter), "-I", str(DRIVERS / f"{environment.backend}_driver.py"), str(asked)]
-    with (scratch / "log.txt").open("w+b") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=scratch, env=variables(environment.backend)
-        )
-        code, peak = _waited(process)
+    command = [str(environment.interpreter), "-I", str(DRIVERS / "driver.py"), str(asked)]
+    env = variables(environment.backend) | {"TMPDIR": str(scratch)}
+    with (
+        (scratch / "log.txt").open("w+b") as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=scratch, env=env) as process,
+    ):
+        try:
+            code = process.wait()
+        finally:
+            process.kill()
         if code or not done.is_file():
             log.seek(max(0, log.seek(0, os.SEEK_END) - 10_000))
             raise _failed(environment.backend, code, log.read().decode(errors="replace"))
-    return Made(json.loads(done.read_text())["version"], peak)
-
-
-def _waited(process: subprocess.Popen[bytes]) -> tuple[int, int]:
-    """Exit code and peak memory in bytes. Whatever ends our waiting ends the process."""
-    try:
-        _, status, usage = os.wait4(process.pid, 0)
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * 1024
 
 
 def _failed(backend: str, code: int, log: str) -> ActionFailed:
     said = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip()][-WORDS:]
     how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
-    return ActionFailed(f"backend {backend}", "\n  ".join([f"{how}:", *said]), "backend=native quantizes without it")
+    return ActionFailed(f"backend {backend}", "\n  ".join([f"{how}:", *said]), WITHOUT)
 
 
-def check(out: Path, scheme: Scheme, linears: Mapping[str, tuple[int, int]], place: str) -> None:
-    """ActionFailed unless ``out`` holds ``linears`` ([out, in] by checkpoint name without .weight) as ``scheme`` says:
-    its config describes it, and every tensor has the name, dtype and shape that loaders expect."""
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
-    def wrong(fact: str) -> ActionFailed:
-        return ActionFailed(place, f"the backend's output {fact}", "backend=native quantizes without it")
 
-    config = json.loads((out / "config.json").read_text())
-    told = scheme_of(config.get("quantization_config") or {}, scheme.dtype, str(out))
-    if told != replace(scheme, symmetric=told.symmetric if scheme.layout == "awq-gemm" else scheme.symmetric):
-        raise wrong(f"says that it is {told}, asked was {scheme}")
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for path in sorted(out.glob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118  # not a mapping
-                entry = file.get_slice(name)
-                found[name] = entry.get_dtype(), tuple(entry.get_shape())
-    for linear, (rows, columns) in linears.items():
-        for name, dtype, shape in packed(scheme, linear, rows, columns):
-            if name not in found:
+class Output:
+    """The directory that a library wrote, and its tensors by name: ``get`` of ``quant.directory.write``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors = {n: entry for path in sorted(folder.glob("*.safetensors")) for n, entry in _header(path)}
+
+    def check(self, scheme: Scheme, planned: Directory, place: str) -> None:
+        """ActionFailed unless it holds what was planned: its config describes ``scheme``, and its tensors have the
+        names, dtypes and shapes that loaders expect, with none beside them."""
+
+        def wrong(fact: str) -> ActionFailed:
+            return ActionFailed(place, f"the backend's output {fact}", f"{place}.{WITHOUT}")
+
+        config = json.loads((self.folder / "config.json").read_text())
+        try:
+            told = scheme_of(config.get("quantization_config") or {}, scheme.dtype, place)
+        except InputError as error:
+            raise wrong(error.fact) from None
+        if told != scheme:
+            raise wrong(f"says that it is {told}, asked was {scheme}")
+        wanted = {t.name: t for file in planned.files for item in file.items for t in item.tensors}
+        for name, tensor in wanted.items():
+            found = self.tensors.get(name)
+            if found is None:
                 raise wrong(f"has no tensor {name}")
-            if found[name] != (dtype, shape):
-                raise wrong(f"has {name} as {found[name][0]} {list(found[name][1])}, not {dtype} {list(shape)}")
+            if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+                had, asked = (f"{t.dtype} {list(t.shape)}" for t in (found, tensor))
+                raise wrong(f"has {name} as {had}, not {asked}")
+        beside = [name for name in self.tensors if name not in wanted and not _implied(name)]
+        if beside:
+            raise wrong(f"has a tensor {beside[0]} that no loader would know")
+
+    def __call__(self, item: Item) -> Mapping[str, Iterator[bytes]]:
+        """The bytes of each tensor of an item, in chunks."""
+        return {tensor.name: _chunks(self.tensors[tensor.name]) for tensor in item.tensors}
+
+
+def _implied(name: str) -> bool:
+    """Tensors that say nothing new: a tied head, and what every loader computes."""
+    return name == "lm_head.weight" or name.endswith(DERIVED)
+
+
+def _header(path: Path) -> Iterator[tuple[str, _Entry]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + length + offset for offset in entry["data_offsets"])
+            yield name, _Entry(path, entry["dtype"], tuple(entry["shape"]), start, stop)
+
+
+def _chunks(entry: _Entry) -> Iterator[bytes]:
+    with entry.path.open("rb") as file:
+        file.seek(entry.start)
+        for at in range(entry.start, entry.stop, CHUNK):
+            yield file.read(min(CHUNK, entry.stop - at))

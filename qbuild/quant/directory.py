@@ -21,7 +21,7 @@ from qbuild.checkpoint import INDEX, Checkpoint, SourceTensor
 from qbuild.errors import ConfigError, InputError
 from qbuild.quant.shapes import ITEM_SIZES, Scheme, Stored, packed, quantization_config, refusal
 
-__all__ = ["Directory", "Item", "OutFile", "OutTensor", "directory", "plain_dtype", "write"]
+__all__ = ["DERIVED", "Directory", "Item", "OutFile", "OutTensor", "directory", "plain_dtype", "write"]
 
 Chunk = bytes | bytearray | memoryview
 NOT_COPIED = {"config.json", "README.md", "modules.json"}  # written anew, of another model, of an embedding model
@@ -83,12 +83,19 @@ def plain_dtype(checkpoint: Checkpoint, layout: str) -> str:
 
 
 def directory(
-    checkpoint: Checkpoint, scheme: Scheme, linears: Iterable[str], *, place: str, max_shard_size: int
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    linears: Iterable[str],
+    *,
+    place: str,
+    max_shard_size: int,
+    quantizer: str = "qbuild",
 ) -> Directory:
     """Lay out ``checkpoint`` with ``linears`` (checkpoint names without .weight) stored as ``scheme`` says.
 
-    ``place`` is what an error names, ``targets.NAME``; ``max_shard_size`` is in bytes of tensors. ConfigError where no
-    loader would read the result, InputError where the checkpoint cannot be laid out.
+    ``place`` is what an error names, ``targets.NAME``; ``max_shard_size`` is in bytes of tensors; ``quantizer`` is
+    noted where the layout has a place for it. ConfigError where no loader would read the result, InputError where the
+    checkpoint cannot be laid out.
     """
     if checkpoint.kind == "gguf":
         remedy = "name the directory of safetensors that it was made from"
@@ -101,7 +108,8 @@ def directory(
     names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     files = tuple(_file(n, s) for n, s in zip(names if len(shards) > 1 else ["model.safetensors"], shards, strict=True))
     skipped = [t.name.removesuffix(".weight") for t in checkpoint.tensors.values() if _other_linear(t, quantized)]
-    texts = _texts(checkpoint.config, scheme, quantization_config(scheme, sorted(skipped, key=_natural)))
+    quantization = quantization_config(scheme, sorted(skipped, key=_natural), quantizer)
+    texts = _texts(checkpoint.config, scheme, quantization)
     if len(files) > 1:
         texts[INDEX] = _index(files)
     return Directory(files, texts, {n: path for n, path in checkpoint.aux.items() if n not in NOT_COPIED})

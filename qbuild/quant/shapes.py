@@ -182,8 +182,9 @@ def _misfit(scheme: Scheme, rows: int, columns: int) -> str | None:
 # quantization_config of config.json ----------------------------------------------------------------------------------
 
 
-def quantization_config(scheme: Scheme, skipped: Sequence[str]) -> dict[str, Any]:
-    """What loaders look for in ``config.json``; ``skipped``: linears that stay as they are, by full name.
+def quantization_config(scheme: Scheme, skipped: Sequence[str], quantizer: str = "qbuild") -> dict[str, Any]:
+    """What loaders look for in ``config.json``; ``skipped``: linears that stay as they are, by full name;
+    ``quantizer``: noted in GPTQ's layouts.
 
     The head is never quantized. Full names matter: loaders match parts of names, and ``gate`` is in ``gate_proj``.
     """
@@ -198,7 +199,7 @@ def quantization_config(scheme: Scheme, skipped: Sequence[str]) -> dict[str, Any
         "quant_method": "gptq", **shared, "desc_act": scheme.indexed, "sym": scheme.symmetric, "lm_head": False,
         "checkpoint_format": scheme.layout, "pack_dtype": "int32", "static_groups": False, "true_sequential": False,
         "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept[1:]},
-        "meta": {"quantizer": ["qbuild"]},
+        "meta": {"quantizer": [quantizer]},
     }  # fmt: skip
 
 
