@@ -97,7 +97,8 @@ class Calibration:
         return self._tokens("tokens", self.config.calibration)
 
     def _tokens(self, name: str, wanted: schema.CalibrationConf | schema.EvaluationConf) -> Output:
-        params = tokens.Params(int(wanted.samples), int(wanted.length), wanted.seed)
+        begin = isinstance(wanted, schema.EvaluationConf)
+        params = tokens.Params(int(wanted.samples), int(wanted.length), wanted.seed, begin)
         vocabulary = [(name, self._side_file(name)) for name in tokens.TOKENIZER if name in self.checkpoint.aux]
         texts = _texts(wanted.source or tokens.BUILTIN, fetch=self.fetch)
         return self.graph.add(Action(name, tokens.KIND, params, (*texts, *vocabulary)))

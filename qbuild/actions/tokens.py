@@ -18,11 +18,15 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class Params:
-    """At most ``samples`` windows of exactly ``length`` tokens, chosen by ``seed`` where there are more."""
+    """At most ``samples`` windows of exactly ``length`` tokens, chosen by ``seed`` where there are more.
+
+    ``begin``: each begins with the token that the tokenizer puts before a text, if it does, as in llama.cpp.
+    """
 
     samples: int
     length: int
     seed: int
+    begin: bool
 
 
 @dataclass(frozen=True)

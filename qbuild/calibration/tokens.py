@@ -74,14 +74,21 @@ def begin_token(tokenizer: Any) -> int | None:
     return int(ids[0]) if ids and ids[0] == tokenizer.bos_token_id else None
 
 
-def windows(documents: Sequence[Document], tokenizer: Any, shape: Shape, begin: int | None = None) -> Packed:
+def windows(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    shape: Shape,
+    begin: int | None = None,
+    use: str = "calibration",
+) -> Packed:
     """Cut documents into windows, one after the other, with no gaps, no padding and no overlap.
 
     Special tokens are not added. One document is taken from its beginning. Several are taken in an order that the seed
     decides, with the end-of-text token between them, until there are enough windows.
 
-    ``begin`` makes the windows those of llama-imatrix for a model that begins its texts with this token: it is put
-    before the text once, and then over the first token of every window. Raises InputError for a text that is too short.
+    ``begin`` makes the windows those of llama-imatrix and llama-perplexity for a model that begins its texts with this
+    token: it is put before the text once, and then over the first token of every window. Raises InputError for a text
+    that is too short, with ``use`` as the part of the configuration that names it.
     """
     wanted = shape.samples * shape.length
     parts: list[list[int]] = [] if begin is None else [[begin]]
@@ -96,7 +103,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, shape: Shape, begin: 
     count = min(shape.samples, total // shape.length)
     if count == 0:
         fact = f"the text is too short: it has {total} tokens, a window needs {shape.length}"
-        raise InputError("calibration.source", fact, "give more text, or lower calibration.length")
+        raise InputError(f"{use}.source", fact, f"give more text, or lower {use}.length")
     stream = np.fromiter((token for part in parts for token in part), np.int32, total)
     cut = stream[: count * shape.length].reshape(count, shape.length).copy()
     if begin is not None:

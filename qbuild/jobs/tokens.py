@@ -6,7 +6,7 @@ import sys
 
 from qbuild.actions.tokens import Task
 from qbuild.calibration.texts import documents
-from qbuild.calibration.tokens import Shape, load_tokenizer, windows
+from qbuild.calibration.tokens import Shape, begin_token, load_tokenizer, windows
 from qbuild.digest import Digest
 from qbuild.jobs import Emit
 from qbuild.store import Store
@@ -19,7 +19,8 @@ def run(task: Task, store: Store, emit: Emit) -> Digest:
     sys.modules["torch"] = None  # type: ignore[assignment]
     tokenizer = load_tokenizer(task.tokenizer, task.model)
     shape = Shape(task.params.samples, task.params.length, task.params.seed)
-    packed = windows(documents(task.source), tokenizer, shape)
+    begin = begin_token(tokenizer) if task.params.begin else None
+    packed = windows(documents(task.source), tokenizer, shape, begin, use=task.use)
     builtin = f"the text that comes with qbuild ({task.use}.source names another)"
     said = f"{task.use} on {task.source or builtin}: {packed.notice}"
     emit({"event": "message", "level": "info", "text": said})

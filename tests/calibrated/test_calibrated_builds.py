@@ -158,13 +158,17 @@ def test_a_plan_counts_one_pass_and_reads_no_weights(attempt: Callable[..., Done
     assert done.document["predicted"]["ram"] > 100 << 20
 
 
-def test_targets_are_measured_against_their_source_once(build: Build, text: Path) -> None:
-    words = [f"evaluation.source={text}", "evaluation.samples=3", "evaluation.length=64"]
-    made = build("target=[gguf/q8_0,gguf/q2_k,awq/w4_g64]", *words)
-    assert actions(made)["evaluation.result"] == 3
+def test_targets_are_measured_against_their_source_once(build: Build, project: Path) -> None:
+    (project / "license.txt").write_bytes((TINY.parent.parent.parent / "LICENSE").read_bytes())
+    words = ["evaluation.source=license.txt", "evaluation.samples=8", "evaluation.length=128"]
+    made = build("target=[gguf/f32,gguf/q8_0,gguf/q2_k,awq/w4_g64]", *words)
+    assert actions(made)["evaluation.result"] == 4
     found = made["evaluation"]["targets"]
+    # llama-perplexity -m tiny-llama-F32.gguf -f license.txt -c 128 --chunks 8 -ctk f32 -ctv f32 -fa off
+    assert found["f32"]["perplexity_llama"] == pytest.approx(44.6888, rel=1e-4)
+    assert (found["f32"]["kl"], set(found["f32"]["weights"].values())) == (0, {0})
     assert 0 <= found["q8_0"]["kl"] < 0.01 < found["q2_k"]["kl"]
-    assert found["awq_w4_g64"]["tokens"] == 3 * 64
+    assert found["awq_w4_g64"]["tokens"] == 8 * 128
     errors = [found[name]["weights"]["model.layers.1.mlp.up_proj.weight"] for name in ("q8_0", "awq_w4_g64", "q2_k")]
     assert 0 < errors[0] < errors[1] < errors[2] < 0.2
     assert all(len(result["weights"]) == 3 * 7 + 1 for result in found.values())
