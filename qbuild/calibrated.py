@@ -200,7 +200,7 @@ class Calibration:
         name = schema.backend(target)
         if name == schema.NATIVE:
             return None
-        suit(name, scheme, self.device, place)
+        suit(name, scheme, str(self.checkpoint.config.get("model_type")), self.device, place)
         defaults = {f.name: f.default for f in fields(target)}
         for setting in (*NATIVE_ONLY, *(("damping",) if name == "autoawq" else ())):
             if getattr(target, setting) != defaults[setting]:

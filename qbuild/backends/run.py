@@ -19,6 +19,18 @@ __all__ = ["Output", "Request", "run", "suit"]
 DRIVERS = Path(__file__).parent / "drivers"
 LAYOUTS = {"autoawq": ("awq-gemm",), "auto_gptq": ("gptq",), "gptqmodel": ("gptq", "gptq_v2")}
 ON_CUDA_ONLY = {"auto_gptq"}
+# model_type of what a library knows; GPTQModel looks at any model.
+FAMILIES = {
+    "autoawq": (
+        "aquila", "baichuan", "bloom", "cohere", "deepseek_v2", "deepseek_v3", "exaone", "falcon", "gemma", "gemma2",
+        "gpt_bigcode", "gpt_neox", "gptj", "internlm2", "llama", "minicpm", "minicpm3", "mistral", "mixtral", "mpt",
+        "opt", "phi3", "qwen", "qwen2", "qwen3", "qwen3_moe", "stablelm", "starcoder2",
+    ),
+    "auto_gptq": (
+        "baichuan", "bloom", "codegen", "deci", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
+        "internlm", "llama", "mistral", "mixtral", "moss", "opt", "qwen", "qwen2", "stablelm_epoch", "xverse",
+    ),
+}  # fmt: skip
 DTYPES = {"F16": "float16", "BF16": "bfloat16"}
 WITHOUT = "backend=native quantizes without it"
 WORDS = 6  # lines of a log that an error repeats
@@ -37,13 +49,16 @@ class Request:
     threads: int
 
 
-def suit(backend: str, scheme: Scheme, device: str, place: str) -> None:
+def suit(backend: str, scheme: Scheme, model_type: str, device: str, place: str) -> None:
     """ConfigError where a backend cannot make what is asked, ``place`` being the target: for a plan to ask."""
     if scheme.layout not in LAYOUTS[backend]:
         others = [name for name, layouts in LAYOUTS.items() if scheme.layout in layouts]
         raise ConfigError(
             place, f"{backend} does not make {scheme.layout}", f"{place}.backend={' or '.join(['native', *others])}"
         )
+    if model_type not in FAMILIES.get(backend, (model_type,)):
+        known = ", ".join(FAMILIES[backend])
+        raise ConfigError(place, f"{backend} knows no {model_type}", f"{place}.backend=native\nit knows {known}")
     if device == "cpu" and backend in ON_CUDA_ONLY:
         fact = f"{backend} quantizes on CUDA only, the device is cpu"
         raise ConfigError(place, fact, f"device=cuda, or {place}.backend=native")
