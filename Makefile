@@ -3,6 +3,7 @@
 PYTHON ?= python3
 RECIPE ?= tiny_q4
 ARGS ?=
+SWEEP ?= target=gguf/q4_k_m,gguf/q5_k_m,gguf/q8_0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -20,8 +21,8 @@ plan: $(VENV)/.installed ## what `make build` would do: RECIPE=tiny_q4 ARGS='key
 build: $(VENV)/.installed ## build a recipe: RECIPE=tiny_q4 ARGS='key=value ...'
 	$(BIN)/qbuild build +recipe=$(RECIPE) $(ARGS)
 
-sweep: $(VENV)/.installed ## three file types of one recipe as one build
-	$(BIN)/qbuild -m +recipe=$(RECIPE) target=gguf/q4_k_m,gguf/q5_k_m,gguf/q8_0 $(ARGS)
+sweep: $(VENV)/.installed ## several targets of a recipe as one build: RECIPE=tiny_q4 SWEEP='key=a,b key=c,d'
+	$(BIN)/qbuild -m +recipe=$(RECIPE) $(SWEEP) $(ARGS)
 
 demo: $(VENV)/.demo ## a real 135M model from a PyPI package: planned, built, and built again
 	$(BIN)/qbuild plan +recipe=smollm2_q4 $(ARGS)

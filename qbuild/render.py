@@ -116,9 +116,10 @@ def sweep(document: Document) -> str:
         lines.append(
             f"all of it: {needs}, reads {format_size(total['read_bytes'])}, about {duration(total['seconds'])}"
         )
-    elif "wall_seconds" in total:
+    elif "written_bytes" in total:
         moved = f"read {format_size(total['read_bytes'])}, wrote {format_size(total['written_bytes'])}"
-        lines.append(f"all of it in {duration(total['wall_seconds'])}: {moved}")
+        took = f" in {duration(total['wall_seconds'])}" if "wall_seconds" in total else ""
+        lines.append(f"all of it{took}: {moved}")
     return _text(lines)
 
 

@@ -15,7 +15,7 @@ from qbuild.cli import sweep
 from qbuild.cli.compose import Composer, Job
 from qbuild.cli.runner import Outcome, Runner, failed, show
 from qbuild.cli.verbs import VERBS
-from qbuild.errors import Interrupted
+from qbuild.errors import ConfigError, Interrupted
 
 __all__ = ["run"]
 
@@ -30,15 +30,16 @@ def run(composer: Composer, runner: Runner) -> Outcome:
         for words, outcome in [] if runner.quiet else launched:
             sys.stdout.write(f"{' '.join(words)}\n")
             show(outcome, json_wanted=False)
+        if runner.makes:
+            _note([outcome for _, outcome in launched])
         return _launched(launched)
     builds = sweep.builds([job.config for job in jobs], together=VERBS[runner.verb].merges)
-    makes = runner.verb == "build" and not runner.dry_run
-    refused = _refused(builds, runner) if makes and len(builds) > 1 else None
+    refused = _refused(builds, runner) if runner.makes and len(builds) > 1 else None
     if refused is not None:
         return refused
     ended = _all(builds, jobs, runner)
-    if makes:
-        _note(ended)
+    if runner.makes:
+        _note([outcome for _, outcome in ended])
     return _merged(ended, jobs)
 
 
@@ -93,10 +94,10 @@ def _one(build: sweep.Build, jobs: list[Job], runner: Runner) -> Outcome:
     return outcome
 
 
-def _note(ended: Ended) -> None:
+def _note(outcomes: Sequence[Outcome]) -> None:
     """One build.json where several builds of the sweep wrote to one folder: each alone would tell of the last only."""
     folders: dict[Path, list[Mapping[str, Any]]] = {}
-    for _, outcome in ended:
+    for outcome in outcomes:
         for target in list(outcome.document.get("targets", {}).values())[:1]:
             folders.setdefault(Path(target["path"]).parent, []).append(outcome.document)
     for folder, documents in folders.items():
@@ -120,13 +121,26 @@ def _merged(ended: Ended, jobs: list[Job]) -> Outcome:
 
 def _launched(done: list[tuple[tuple[str, ...], Outcome]]) -> Outcome:
     """Outcomes that a launcher brought back, as one."""
-    jobs = []
-    for number, (words, outcome) in enumerate(done):
+    outcomes, jobs = _overwritten([outcome for _, outcome in done]), []
+    for number, ((words, _), outcome) in enumerate(zip(done, outcomes, strict=True)):
         part = outcome.document if "error" in outcome.document else {"result": outcome.document}
         jobs.append(_entry(number, words, outcome, part))
-    outcomes = [outcome for _, outcome in done]
     total = sweep.total([dict(outcome.document) for outcome in outcomes])
+    total.pop("wall_seconds", None)  # jobs ran beside each other
     return _summed({"jobs": jobs, "total": total}, len(jobs), outcomes)
+
+
+def _overwritten(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Jobs of a launcher do not know of each other: one whose file another wrote with other bytes has failed."""
+    last: dict[str, str] = {}
+    found = []
+    for outcome in reversed(outcomes):
+        targets = outcome.document.get("targets", {}).values()
+        lost = [t["path"] for t in targets if "digest" in t and last.setdefault(t["path"], t["digest"]) != t["digest"]]
+        remedy = "give each job a place of its own: out=DIRECTORY; without the launcher the files are told apart"
+        error = ConfigError(lost[0], "was written by several jobs with different bytes", remedy) if lost else None
+        found.append(failed(error) if error else outcome)
+    return found[::-1]
 
 
 def _summed(document: dict[str, Any], jobs: int, outcomes: Sequence[Outcome]) -> Outcome:

@@ -36,6 +36,11 @@ class Runner:
     dry_run: bool
     quiet: bool
 
+    @property
+    def makes(self) -> bool:
+        """Whether files are made."""
+        return self.verb == "build" and not self.dry_run
+
     def run(self, config: schema.Config) -> Outcome:
         sink = progress.sink(sys.stderr, quiet=self.quiet or config.format == "json")
         answer = VERBS[self.verb].run(Request(config, self.words, self.dry_run, sink))

@@ -15,7 +15,8 @@ import pytest
 from conftest import Run
 
 from qbuild import errors, schema
-from qbuild.cli import verbs
+from qbuild.cli import multirun, verbs
+from qbuild.cli.runner import Outcome
 from qbuild.progress import Sink
 
 MEASURED = {"perplexity": 8.5, "perplexity_llama": 8.0, "kl": 0.25, "top1": 0.75, "tokens": 40, "weights": {}}
@@ -213,6 +214,21 @@ def test_a_target_that_several_jobs_want_is_made_once(qbuild: Run, engine: Engin
     jobs = qbuild(*argv).document["jobs"]
     assert [list(c.targets) for c in engine.configs] == [["q4_k_m", "q8_0"]]
     assert [list(job["result"]["targets"]) for job in jobs] == [["q4_k_m"], ["q4_k_m", "q8_0"]]
+
+
+def launched(*digests: str) -> Any:
+    """What a launcher brought back of as many jobs that wrote one file."""
+    config = schema.Config(targets={"q8_0": schema.GgufTarget()})
+    documents = [built(config) for _ in digests]
+    for document, digest in zip(documents, digests, strict=True):
+        document["targets"]["q8_0"]["digest"] = digest
+    return multirun._launched([(("x",), Outcome(document, "", 0)) for document in documents])
+
+
+def test_a_launchers_job_whose_file_another_overwrote_has_failed(project: Path) -> None:
+    assert [job["exit_code"] for job in launched("a/1", "b/1", "b/1").document["jobs"]] == [2, 0, 0]
+    assert launched("a/1", "b/1").code == 2
+    assert launched("a/1", "a/1").text == "2 of 2 jobs done\nall of it: read 20 B, wrote 20 B\n"
 
 
 def test_a_sweep_is_one_json_document(qbuild: Run, engine: Engine) -> None:
