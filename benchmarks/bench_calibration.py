@@ -62,8 +62,9 @@ def peak() -> int:
 def one(options: argparse.Namespace, shape: str) -> dict[str, object]:
     import torch
 
+    from qbuild.calibration.extent import device_forward, model_shape
     from qbuild.calibration.run import Pass, calibrate
-    from qbuild.calibration.shapes import BASE, BASE_CUDA, Step, device_footprint, forward_footprint
+    from qbuild.calibration.shapes import BASE, BASE_CUDA, Step, forward_footprint
 
     config, tensors = model_of(shape, options.layers)
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
@@ -99,9 +100,9 @@ def one(options: argparse.Namespace, shape: str) -> dict[str, object]:
     if options.device == "cpu":
         predicted = forward_footprint(config, tensors, "model.layers.", 0, step)
     else:
-        predicted, vram = device_footprint(config, tensors, "model.layers.", 0, step)
-        used = torch.cuda.max_memory_allocated()
-        found |= {"VRAM MiB": used >> 20, "predicted VRAM / used": round(vram / used, 3)}
+        device = device_forward(config, tensors, model_shape(config, tensors), step)
+        predicted, used = device.ram, torch.cuda.max_memory_allocated()
+        found |= {"VRAM MiB": used >> 20, "predicted VRAM / used": round(device.vram / used, 3)}
     found |= {"predicted MiB": predicted >> 20, "predicted / peak": round(predicted / peak(), 3)}
     return found | ({"digest": digest.hexdigest()[:16]} if options.digest else {})
 

@@ -40,7 +40,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TargetResult:
-    """One output, as in ``build.json``. ``peak_ram``, ``predicted_ram``: bytes, 0 where nothing had to run.
+    """One output, as in ``build.json``. ``peak_…`` and ``predicted_…`` are bytes, 0 where nothing had to run.
 
     ``calibration``: the text it was calibrated on and the digest of its tokens; None where it was not.
     """
@@ -53,6 +53,8 @@ class TargetResult:
     seconds: float
     peak_ram: int
     predicted_ram: int
+    peak_vram: int
+    predicted_vram: int
     calibration: Mapping[str, Any] | None
     evaluation: Evaluation | None  # None where ``evaluation.source`` names no text
 

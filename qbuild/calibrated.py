@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from qbuild import device, machine, schema
-from qbuild.actions import backend, directory, evaluation, importance, solve, statistics, tokens, weights
+from qbuild.actions import backend, directory, evaluation, importance, propagate, solve, statistics, tokens, weights
 from qbuild.arch.convert import TensorSpec
 from qbuild.backends.environment import Environment, environment
 from qbuild.backends.run import suit
@@ -31,7 +31,7 @@ __all__ = ["CalibratedTarget", "Calibration", "Evaluation"]
 
 NEEDS = "both run the model: name a directory of safetensors with its config.json, or a Hub id"
 MATRIX = "imatrix"  # id of the action that makes the importance matrix
-NATIVE_ONLY = ("scaled", "rounding", "order")  # settings of a target that no other library has
+NATIVE_ONLY = ("scaled", "rounding", "order", "propagate")  # settings of a target that no other library has
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Calibration:
         self.model = extent.model_shape(checkpoint.config, {n: t.shape for n, t in checkpoint.tensors.items()})
         self.device = device.for_calibration(config)
         grams = any(
-            isinstance(t, schema.DirectoryTarget) and schema.backend(t) == schema.NATIVE
+            isinstance(t, schema.DirectoryTarget) and schema.backend(t) == schema.NATIVE and not t.propagate
             for t in config.targets.values()
         )
         self.detail = "gram" if grams else "diagonal"
@@ -233,10 +233,19 @@ class Calibration:
             tuple(linear.name for linear in layer.linears),
             self.device,
         )
+        which = digest_bytes(repr(replace(params, layer=0, linears=())).encode()).hash[:8]
+        if target.propagate:
+            return self._propagated(f"layer {layer.index}:{which} propagated", params)
         inputs: list[tuple[str, Input]] = [("statistics", self.statistics[layer.index])]
         inputs += [(f"source {name}", self.source(name)) for name in layer.tensors]
-        which = digest_bytes(repr(replace(params, layer=0, linears=())).encode()).hash[:8]
         return self.graph.add(Action(f"layer {layer.index}:{which}", solve.KIND, params, tuple(inputs)))
+
+    def _propagated(self, name: str, rounding: solve.Params) -> Output:
+        """A layer quantized for what the quantized layers below it give: all of those are made of the same weights."""
+        params = propagate.Params(rounding, self.config.calibration.dtype)
+        weights_ = self.weights(rounding.layer)
+        inputs = (("tokens", self.tokens), ("config", self.model_config), ("weights", weights_))
+        return self.graph.add(Action(name, propagate.KIND, params, inputs))
 
     def evaluation(self, targets: Mapping[str, str]) -> Evaluation:
         """How far targets (name → action) are from the source: the source is run once for all of them."""

@@ -44,7 +44,7 @@ def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
             waited |= stack.enter_context(_locked(made, name, sink))
         if waited:  # the other build may have made what we wanted
             made = _sound_plan(config, sink)
-        jobs, stage, predicted = Jobs(made, sink), None, made.footprint.ram
+        jobs, stage, predicted = Jobs(made, sink), None, made.footprint
         if made.steps:
             stage = Stage(made, jobs)
             stage.run()
@@ -108,7 +108,7 @@ class _Build:
         self.judge = Judge(made.resolved, made.store, rebuild=False)
         self.results: dict[str, dict[str, Any]] = {}
         self.evaluation: dict[str, Any] | None = None
-        self.predicted = made.footprint.ram  # of all of the build
+        self.predicted = made.footprint  # of all of the build
         self.totals: dict[str, Any] = {"computed": 0, "reused": 0, "read_bytes": 0, "written_bytes": 0, "seconds": {}}
         self.totals["actions"] = stage.counts if stage else {}
         if stage:
@@ -263,7 +263,9 @@ class _Build:
             "verdicts": {k: v for k, v in counts.items() if v},
             "seconds": round(seconds, 3),
             "peak_ram": self.jobs.peak if ran else 0,
-            "predicted_ram": self.predicted if ran else 0,
+            "predicted_ram": self.predicted.ram if ran else 0,
+            "peak_vram": self.jobs.peak_vram if ran else 0,
+            "predicted_vram": self.predicted.vram if ran else 0,
             "calibration": self._calibration(name),
         }
 

@@ -40,7 +40,7 @@ def measure(made: Plan, jobs: Jobs) -> dict[str, Any] | None:
         step = next(step for step in made.after if step.kind == evaluation.RESULT)
         count = len(targets) + 1
         with jobs.progress(f"{made.resolved.name}: evaluation", count, count, "models"):
-            found = jobs.run(evaluation.RESULT, step.label, task, step.ram).value
+            found = jobs.run(evaluation.RESULT, step.label, task, step.ram, step.vram).value
     else:
         found = {}
     digests = {n: found.get(n) or made.verdicts[a].outputs[0] for n, a in asked.results.items()}

@@ -23,6 +23,7 @@ from qbuild.actions import (
     file,
     importance,
     metadata,
+    propagate,
     solve,
     statistics,
     stream,
@@ -51,7 +52,9 @@ __all__ = ["Judge", "Plan", "TargetPlan", "Verdict", "make", "manifest_parts", "
 MISSING = "not installed"
 
 # Weights a second of one core, and bytes a second of a disk; replaced by this machine's own after its first build.
-TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 3e10, "solve": 2e10} | {
+TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 3e10, "solve": 2e10, "propagate": 2e10}
+TYPICAL_RATE |= {"forward cuda": 1e13, "solve cuda": 2e13, "propagate cuda": 1e13}
+TYPICAL_RATE |= {
     f"encode {name}": rate
     for name, rate in (
         *(("F32", 2e9), ("F16", 4e9), ("BF16", 4e9), ("Q8_0", 2e9), ("Q4_0", 2e9), ("Q4_1", 2e9), ("Q5_0", 2e9)),
@@ -62,11 +65,11 @@ TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 3e10, "solve": 2e10} | {
     )
 }
 
-KINDS = (tensor, file, metadata, tokens, weights, statistics, solve, importance, directory, backend)
+KINDS = (tensor, file, metadata, tokens, weights, statistics, solve, propagate, importance, directory, backend)
 SALTS = {module.KIND: module.SALT for module in KINDS}
 SALTS |= dict.fromkeys((evaluation.STATES, evaluation.RESULT), evaluation.SALT)
 VERSIONS: dict[str, tuple[str, ...]] = {
-    module.KIND: module.VERSIONS for module in (metadata, tokens, statistics, solve)
+    module.KIND: module.VERSIONS for module in (metadata, tokens, statistics, solve, propagate)
 }  # packages whose release can change an action's bytes
 VERSIONS |= dict.fromkeys((evaluation.STATES, evaluation.RESULT), evaluation.VERSIONS)
 

@@ -27,11 +27,21 @@ class Jobs:
         self.unit = "tensors"
         self.weights = sum(spec.weights for spec in made.resolved.specs.values())
 
-    def run(self, kind: str, label: str, task: Any, predicted: int) -> worker.Done:
-        limit = max(0, self.plan.budget.ram - PARENT_RAM)
-        done = worker.run(worker.Job(kind, label, task, self.plan.store.root, predicted, limit), self._event)
-        self.noted[label] = {"predicted_ram": predicted, "peak_ram": done.peak, "seconds": round(done.seconds, 3)}
+    def run(self, kind: str, label: str, task: Any, ram: int, vram: int = 0) -> worker.Done:
+        """Run a job that is predicted to take so much RAM, and of the device's memory if it uses one."""
+        budget = self.plan.budget
+        limit = max(0, budget.ram - PARENT_RAM)
+        job = worker.Job(kind, label, task, self.plan.store.root, ram, limit, vram, budget.vram)
+        done = worker.run(job, self._event)
+        self.noted[label] = {"predicted_ram": ram, "peak_ram": done.peak, "seconds": round(done.seconds, 3)}
+        if vram:
+            self.noted[label] |= {"predicted_vram": vram, "peak_vram": done.vram}
         return done
+
+    @property
+    def peak_vram(self) -> int:
+        """Of the job that took most of the device's memory; 0 where none used it."""
+        return max((job.get("peak_vram", 0) for job in self.noted.values()), default=0)
 
     @property
     def peak(self) -> int:

@@ -165,7 +165,8 @@ class DirectoryTarget(Target):
     """A directory of safetensors whose linears are codes in groups of columns.
 
     ``scaled``: AWQ's scales are searched and folded into what stands before a linear. ``rounding``: gptq makes good in
-    later columns what rounding loses in one, ``nearest`` does not. All layouts may have either.
+    later columns what rounding loses in one, ``nearest`` does not. All layouts may have either. ``propagate``: a layer
+    is quantized for what the quantized layers below it give, which takes forward passes of the target's own.
     """
 
     group_size: int = field(default=128, metadata={"check": _group})
@@ -173,6 +174,7 @@ class DirectoryTarget(Target):
     rounding: str = field(default="gptq", metadata=one_of("gptq", "nearest", what="a way of rounding"))
     order: str = field(default="activation", metadata=one_of("natural", "activation", "group", what="an order"))
     damping: float = field(default=0.05, metadata={"check": _damping})
+    propagate: bool = False
     max_shard_size: str | int = field(default="5GB", metadata={"check": parse_size})
 
 

@@ -9,7 +9,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable
 
-from qbuild.actions import backend, directory, hashing, importance, solve, statistics, tokens, weights
+from qbuild.actions import backend, directory, hashing, importance, propagate, solve, statistics, tokens, weights
 from qbuild.backends import environment
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import CalibratedTarget
@@ -18,10 +18,9 @@ from qbuild.errors import ActionFailed
 from qbuild.graph import Action, Output, Source
 from qbuild.plan import Judge, Plan, Verdict
 from qbuild.running import Jobs
-from qbuild.steps import Step, missing
+from qbuild.steps import Step, missing, rate_name
 
 MEASURABLE = 1e12  # operations: with fewer, starting up is what one measures
-RATES = {statistics.KIND: "forward", solve.KIND: "solve"}
 
 __all__ = ["KINDS", "Stage", "hash_sources"]
 
@@ -77,6 +76,7 @@ class Stage:
             tokens.KIND: self._tokens,
             statistics.KIND: self._statistics,
             solve.KIND: self._solve,
+            propagate.KIND: self._propagate,
             importance.KIND: self._matrix,
             directory.KIND: self._directories,
             backend.KIND: self._backends,
@@ -87,7 +87,9 @@ class Stage:
             if todo:
                 self.seconds[step.kind] = seconds = runners[step.kind](step, todo)
                 if step.work > MEASURABLE:
-                    self.cache.note_rate(RATES[step.kind], step.work / seconds / self.plan.budget.threads)
+                    device = self.calibration.device
+                    threads = self.plan.budget.threads if device == "cpu" else 1
+                    self.cache.note_rate(rate_name(step.kind, device), step.work / seconds / threads)
                 self._settle()
 
     def _environments(self) -> None:
@@ -135,7 +137,7 @@ class Stage:
             use = "calibration" if action.id == "tokens" else "evaluation"
             text = None if conf.source == tokens.BUILTIN else conf.source
             task = tokens.Task(use, text, checkpoint.source, files, action.params)
-            done = self.jobs.run(step.kind, action.id, task, step.ram)
+            done = self.jobs.run(step.kind, action.id, task, step.ram, step.vram)
             self.cache.put(self._key(action), ActionResult(step.kind, (done.value,), done.seconds, done.peak))
             self._note(action.id, done.value)
             seconds += done.seconds
@@ -151,7 +153,7 @@ class Stage:
         task = statistics.Task(source, tokens_, every[0].params, keys, wanted, states, step.spill, threads)
         last = max(wanted) + 1
         with self.jobs.progress(f"{self.resolved.name}: calibration", last, last, "layers"):
-            done = self.jobs.run(step.kind, step.label, task, step.ram)
+            done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
         for layer, digest in done.value.digests.items():
             self._note(f"statistics:{layer}", digest)
         self.read_bytes += done.value.read_bytes
@@ -161,7 +163,7 @@ class Stage:
         items = tuple(self._item(action) for action in sorted(todo, key=lambda a: a.params.layer))
         task = solve.Task(self.resolved.checkpoint, items, self.plan.budget.threads)
         with self.jobs.progress(f"{self.resolved.name}: {step.label}", len(items), len(items), "layers"):
-            done = self.jobs.run(step.kind, step.label, task, step.ram)
+            done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
         for action_id, digest in done.value.outputs.items():
             self._note(action_id, digest)
         self.read_bytes += done.value.read_bytes
@@ -172,12 +174,40 @@ class Stage:
         below = next(i.action for _, i in action.inputs if isinstance(i, Output))
         return solve.Item(action.id, self._key(action), action.params, self._output(below), tensors)
 
+    def _propagate(self, step: Step, todo: list[Action]) -> float:
+        """One target's layers after another's; targets that ask the same share them."""
+        seconds, wanted = 0.0, {action.id for action in todo}
+        chains = {t.tensors: t.name for t in self.resolved.targets if isinstance(t, CalibratedTarget)}
+        for chain, name in chains.items():
+            missing_ = [number for number, action in enumerate(chain) if action in wanted]
+            if missing_:
+                seconds += self._chain(step, chain[: missing_[-1] + 1], name)
+        return seconds
+
+    def _chain(self, step: Step, chain: tuple[str, ...], name: str) -> float:
+        actions = [self.resolved.graph.actions[action] for action in chain]
+        layers = self.calibration.model.layers
+        made = [next(iter(self.judge.verdicts[action].outputs), None) for action in chain]
+        items = tuple(
+            propagate.Item(a.id, self._key(a), a.params, layers[a.params.rounding.layer].tensors, output)
+            for a, output in zip(actions, made, strict=True)
+        )
+        states = self.store.root / "states" / items[-1].key[:32]
+        tokens_, threads = self._output(self.calibration.tokens.action), self.plan.budget.threads
+        task = propagate.Task(self.resolved.checkpoint, tokens_, items, states, step.spill, threads)
+        with self.jobs.progress(f"{self.resolved.name} → {name}", len(items), len(items), "layers"):
+            done = self.jobs.run(step.kind, f"{step.label} '{name}'", task, step.ram, step.vram)
+        for action_id, digest in done.value.outputs.items():
+            self._note(action_id, digest)
+        self.read_bytes += done.value.read_bytes
+        return done.seconds
+
     def _matrix(self, step: Step, todo: list[Action]) -> float:
         layers = tuple(self._output(o.action) for o in self.calibration.statistics)
         tokens_ = self._output(self.calibration.tokens.action)
         specs = tuple(self.resolved.specs.values())
         task = importance.Task(self._key(todo[0]), todo[0].params, tokens_, layers, specs)
-        done = self.jobs.run(step.kind, step.label, task, step.ram)
+        done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
         self._note(todo[0].id, done.value)
         return done.seconds
 
@@ -192,7 +222,7 @@ class Stage:
             task = directory.Task(key, self.resolved.checkpoint, target.directory, target.scheme, solved)
             title = f"{self.resolved.name} → {target.name}"
             with self.jobs.progress(title, len(target.directory.files), target.directory.size, "files"):
-                done = self.jobs.run(step.kind, f"{step.label} '{target.name}'", task, step.ram)
+                done = self.jobs.run(step.kind, f"{step.label} '{target.name}'", task, step.ram, step.vram)
             self._note(target.action, done.value.tree)
             self.read_bytes += done.value.read_bytes
             self.written_bytes += done.value.written_bytes

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from qbuild.actions import backend, directory, evaluation, importance, solve, statistics, tokens
+from qbuild.actions import backend, directory, evaluation, importance, propagate, solve, statistics, tokens
 from qbuild.backends import footprint as libraries
 from qbuild.budget import Budget, Remedy, refuse
 from qbuild.calibrated import CalibratedTarget, Calibration
@@ -15,17 +15,25 @@ from qbuild.evaluation import footprint
 from qbuild.graph import Action, Source
 from qbuild.lower import PARENT_RAM
 from qbuild.recipe import Resolved
+from qbuild.vram import CONTEXT
 
 AFTER_ANOTHER = 192 << 20  # what the allocator keeps of the model measured before (measured: 151 MiB)
 DOWNLOAD = 1e7  # bytes a second that pip downloads and unpacks, about
 BUILTIN_BYTES = 1 << 17  # of the text that comes with qbuild, about
 
-__all__ = ["Step", "evaluations", "missing", "steps"]
+RATES = {statistics.KIND: "forward", solve.KIND: "solve", propagate.KIND: "propagate"}
+
+__all__ = ["RATES", "Step", "evaluations", "missing", "rate_name", "steps"]
 
 
 class State(Protocol):
     @property
     def state(self) -> str: ...
+
+
+def rate_name(kind: str, device: str) -> str:
+    """The name under which the operations a second of a kind of job are noted: of one thread, or of a device."""
+    return f"{RATES[kind]} cuda" if device == "cuda" else RATES[kind]
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ def steps(
         tokens.KIND: planner.tokens,
         statistics.KIND: planner.statistics,
         solve.KIND: planner.solve,
+        propagate.KIND: planner.propagate,
         importance.KIND: planner.matrix,
         directory.KIND: planner.directories,
         backend.KIND: planner.backends,
@@ -91,31 +100,24 @@ def evaluations(
     todo = [] if asked is None else [name for name, a in asked.results.items() if verdicts[a].state != "hit"]
     if not todo or resolved.calibration is None:
         return ()
-    wanted, checkpoint = resolved.config.evaluation, resolved.checkpoint
-    text = footprint.Text(int(wanted.samples), int(wanted.length), wanted.dtype)
-    sizes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    files = any(t.name in todo for t in resolved.files)
-    ram = footprint.evaluation(checkpoint.config, sizes, text, dequantized=files)
-    ram += AFTER_ANOTHER if len(todo) > 1 else 0
-    label = f"evaluation of {len(todo)} targets"
-    if ram > budget.ram - PARENT_RAM:
-        needs = ram + PARENT_RAM
-        raised = Remedy("the least it runs in", needs, f"budget.ram={-(-needs // (1 << 20))}MiB")
-        raise refuse(label, "RAM", needs, budget.ram, [raised])
-    model = resolved.calibration.model
-    flops = 2.0 * model.weights * int(wanted.samples) * int(wanted.length) * (len(todo) + 1)
-    kept = footprint.states_bytes(checkpoint.config, text)
-    seconds = flops / rate("forward") / budget.threads + 4.0
-    return (Step(evaluation.RESULT, label, len(todo), ram, seconds, kept),)
+    planner = _Planner(resolved, resolved.calibration, budget, rate)
+    return (planner.evaluation(todo),)
 
 
 class _Planner:
     def __init__(
         self, resolved: Resolved, calibration: Calibration, budget: Budget, rate: Callable[[str], float]
     ) -> None:
-        self.resolved, self.calibration, self.budget, self.rate = resolved, calibration, budget, rate
-        self.room = budget.ram - PARENT_RAM
-        self.model = calibration.model
+        self.resolved, self.calibration, self.budget = resolved, calibration, budget
+        self.room, self.vram = budget.ram - PARENT_RAM, budget.vram - CONTEXT
+        self.model, self.cuda = calibration.model, calibration.device == "cuda"
+        self.shapes = {name: tensor.shape for name, tensor in resolved.checkpoint.tensors.items()}
+        self._rate = rate
+
+    def rate(self, kind: str) -> float:
+        """Operations a second of what computes: all threads, or the device."""
+        name = rate_name(kind, self.calibration.device)
+        return self._rate(name) * (1 if self.cuda else self.budget.threads)
 
     def tokens(self, todo: list[Action]) -> Step:
         text = (
@@ -126,53 +128,102 @@ class _Planner:
         return Step(tokens.KIND, "calibration tokens", 1, ram, 3.0)
 
     def statistics(self, todo: list[Action]) -> Step:
+        spill, needs = self._pass("calibration", self._forward)
+        kept = sum(self.model.layers[a.params.layer].statistics_bytes(self.calibration.detail) for a in todo)
+        last = max(a.params.layer for a in todo) + 1
+        flops = sum(layer.flops(self.calibration.detail) for layer in self.model.layers[:last]) * self.positions
+        seconds = flops / self.rate(statistics.KIND) + 4.0
+        label = f"calibration of {len(todo)} layers"
+        held = self._held(needs)
+        return Step(statistics.KIND, label, len(todo), needs.ram, seconds, kept, self.states, held, spill, flops)
+
+    def propagate(self, todo: list[Action]) -> Step:
+        """Targets one after another: each runs the layers up to its last missing one."""
+        spill, needs = self._pass("quantizing with error propagation", self._propagation)
+        last: dict[solve.Params, int] = {}
+        work, kept = 0.0, 0
+        for asked in (a.params.rounding for a in todo):
+            target, layer = replace(asked, layer=0, linears=()), self.model.layers[asked.layer]
+            last[target] = max(last.get(target, 0), asked.layer + 1)
+            work += layer.solve_flops(asked.rounding, scaled=asked.scaled)
+            kept += layer.code_bytes(asked.bits, asked.group_size)
+        for until in last.values():
+            work += sum(layer.propagation_flops() for layer in self.model.layers[:until]) * self.positions
+        seconds = work / self.rate(propagate.KIND) + 4.0 * len(last)
+        label = f"quantizing {len(todo)} layers with error propagation"
+        held = self._held(needs)
+        return Step(propagate.KIND, label, len(todo), needs.ram, seconds, kept, 2 * self.states, held, spill, work)
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the calibration."""
+        return int(self.resolved.config.calibration.samples) * int(self.resolved.config.calibration.length)
+
+    @property
+    def states(self) -> int:
+        """Bytes on disk of a model's hidden states, old and new."""
+        return 2 * self.positions * self.model.hidden * 4
+
+    def _pass(self, who: str, needs: Callable[[shapes.Step], extent.Device]) -> tuple[bool, extent.Device]:
         """Hidden states stay in RAM where they fit, else on disk; ``calibration.spill`` decides where it is given."""
         wanted = self.resolved.config.calibration
-        samples, length, detail = int(wanted.samples), int(wanted.length), self.calibration.detail
+        samples = int(wanted.samples)
         choices = (False, True) if wanted.spill is None else (wanted.spill,)
-        needs = {s: self._forward(samples, s) for s in choices}
-        spill = next((s for s in choices if needs[s] <= self.room), choices[-1])
+        found = {spill: needs(self._step(samples, spill)) for spill in choices}
+        spill = next((s for s in choices if found[s].ram <= self.room), choices[-1])
         remedies = []
         if not spill:
-            remedies.append(
-                Remedy("spill hidden states to disk", self._forward(samples, True), "calibration.spill=true")
-            )
-            fewer = self._fewer(samples)
+            spilled = needs(self._step(samples, True)).ram
+            remedies.append(Remedy("spill hidden states to disk", spilled, "calibration.spill=true"))
+            fewer = self._fewer(samples, needs)
             if fewer:
-                what = f"fewer samples ({samples} → {fewer})"
-                remedies.append(Remedy(what, self._forward(fewer, False), f"calibration.samples={fewer}"))
-        self._check("calibration", needs[spill], remedies)
-        kept = sum(self.model.layers[a.params.layer].statistics_bytes(detail) for a in todo)
-        states = 2 * samples * length * self.model.hidden * 4
-        last = max(a.params.layer for a in todo) + 1
-        flops = sum(layer.flops(detail) for layer in self.model.layers[:last]) * samples * length
-        seconds = flops / self.rate("forward") / self.budget.threads + 4.0
-        label = f"calibration of {len(todo)} layers"
-        return Step(statistics.KIND, label, len(todo), needs[spill], seconds, kept, states, spill=spill, work=flops)
+                less = needs(self._step(fewer, False)).ram
+                remedies.append(Remedy(f"fewer samples ({samples} → {fewer})", less, f"calibration.samples={fewer}"))
+        self._check(who, found[spill].ram, remedies)
+        step = self._step(samples, spill)
+        shorter = replace(step, length=max(1, step.length // 2))
+        smaller = {f"calibration.length={shorter.length}": needs(shorter)}
+        if step.dtype == "float32":
+            smaller["calibration.dtype=bfloat16"] = needs(replace(step, dtype="bfloat16"))
+        self._check_device(who, found[spill], smaller)
+        return spill, found[spill]
 
-    def _forward(self, samples: int, spill: bool) -> int:
-        wanted, tensors = self.resolved.config.calibration, self.resolved.checkpoint.tensors
-        gram = self.calibration.detail == "gram"
-        step = shapes.Step(samples, int(wanted.length), wanted.dtype, gram, spill, threads=self.budget.threads)
-        sizes = {name: tensor.shape for name, tensor in tensors.items()}
-        return extent.forward_ram(self.resolved.checkpoint.config, sizes, self.model, step)
+    def _forward(self, step: shapes.Step) -> extent.Device:
+        config = self.resolved.checkpoint.config
+        if self.cuda:
+            return extent.device_forward(config, self.shapes, self.model, step)
+        return extent.Device(extent.forward_ram(config, self.shapes, self.model, step), 0)
 
-    def _fewer(self, samples: int) -> int:
+    def _propagation(self, step: shapes.Step) -> extent.Device:
+        config = self.resolved.checkpoint.config
+        if self.cuda:
+            return extent.device_propagation(config, self.shapes, self.model, step)
+        return extent.Device(extent.propagation_ram(config, self.shapes, self.model, step), 0)
+
+    def _solving(self, layer: extent.LayerShape) -> extent.Device:
+        return extent.device_solve(layer) if self.cuda else extent.Device(extent.solve_ram(layer), 0)
+
+    def _step(self, samples: int, spill: bool) -> shapes.Step:
+        wanted, gram = self.resolved.config.calibration, self.calibration.detail == "gram"
+        return shapes.Step(samples, int(wanted.length), wanted.dtype, gram, spill, threads=self.budget.threads)
+
+    def _fewer(self, samples: int, needs: Callable[[shapes.Step], extent.Device]) -> int:
         """The largest power of two of samples that fits, or 0."""
         fewer = 1 << (samples.bit_length() - 1)
-        while fewer >= 8 and self._forward(fewer, False) > self.room:
+        while fewer >= 8 and needs(self._step(fewer, False)).ram > self.room:
             fewer //= 2
         return fewer if 8 <= fewer < samples else 0
 
     def solve(self, todo: list[Action]) -> Step:
         layers = [(self.model.layers[a.params.layer], a.params) for a in todo]
-        ram = max(extent.solve_ram(layer) for layer, _ in layers)
+        needs = max((self._solving(layer) for layer, _ in layers), key=lambda found: (found.vram, found.ram))
         label = f"quantizing {len(todo)} layers"
-        self._check(label, ram, [])
+        self._check(label, needs.ram, [])
+        self._check_device(label, needs, {})
         work = sum(layer.solve_flops(params.rounding, scaled=params.scaled) for layer, params in layers)
         kept = sum(layer.code_bytes(params.bits, params.group_size) for layer, params in layers)
-        seconds = work / self.rate("solve") / self.budget.threads + 3.0
-        return Step(solve.KIND, label, len(todo), ram, seconds, kept, work=work)
+        seconds = work / self.rate(solve.KIND) + 3.0
+        return Step(solve.KIND, label, len(todo), needs.ram, seconds, kept, vram=self._held(needs), work=work)
 
     def matrix(self, todo: list[Action]) -> Step:
         ram = importance.RAM + 2 * max(layer.statistics_bytes(self.calibration.detail) for layer in self.model.layers)
@@ -184,7 +235,7 @@ class _Planner:
         targets = [t for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.action in made]
         ram = directory.RAM + 3 * max(layer.weights for layer in self.model.layers)
         self._check("writing " + ", ".join(f"'{t.name}'" for t in targets), ram, [])
-        seconds = sum(t.nbytes for t in targets) / self.rate("write") + 4.0
+        seconds = sum(t.nbytes for t in targets) / self._rate("write") + 4.0
         return Step(directory.KIND, "writing", len(todo), ram, seconds)
 
     def backends(self, todo: list[Action]) -> Step:
@@ -214,6 +265,47 @@ class _Planner:
             vram,
             notes=tuple(sorted(e.announcement() for e in lacking)),
         )
+
+    def evaluation(self, todo: list[str]) -> Step:
+        wanted, checkpoint = self.resolved.config.evaluation, self.resolved.checkpoint
+        text = footprint.Text(int(wanted.samples), int(wanted.length), wanted.dtype)
+        files = any(t.name in todo for t in self.resolved.files)
+
+        def needs(text: footprint.Text) -> extent.Device:
+            if self.cuda:
+                return footprint.on_device(checkpoint.config, self.shapes, text, dequantized=files)
+            return extent.Device(footprint.evaluation(checkpoint.config, self.shapes, text, dequantized=files), 0)
+
+        label, found = f"evaluation of {len(todo)} targets", needs(text)
+        ram = found.ram + (AFTER_ANOTHER if len(todo) > 1 else 0)
+        self._check(label, ram, [])
+        shorter = replace(text, length=max(4, text.length // 2))
+        smaller = {f"evaluation.length={shorter.length}": needs(shorter)}
+        if text.dtype == "float32":
+            smaller["evaluation.dtype=bfloat16"] = needs(replace(text, dtype="bfloat16"))
+        self._check_device(label, found, smaller)
+        flops = 2.0 * self.model.weights * text.windows * text.length * (len(todo) + 1)
+        kept = footprint.states_bytes(checkpoint.config, text)
+        seconds = flops / self.rate(statistics.KIND) + 4.0
+        return Step(evaluation.RESULT, label, len(todo), ram, seconds, kept, vram=self._held(found))
+
+    def _held(self, needs: extent.Device) -> int:
+        """Of the device's memory, with what a process takes before it allocates."""
+        return needs.vram + CONTEXT if self.cuda else 0
+
+    def _check_device(self, who: str, needs: extent.Device, smaller: Mapping[str, extent.Device]) -> None:
+        """``smaller``: what would be needed with an override."""
+        if not self.cuda or needs.vram <= self.vram:
+            return
+        whole = needs.vram + CONTEXT
+        helping = [
+            Remedy("smaller windows" if "length" in override else "half the width of numbers", held, override)
+            for override, found in smaller.items()
+            if (held := found.vram + CONTEXT) <= self.budget.vram
+        ]
+        raised = Remedy("the least it runs in", whole, f"budget.vram={-(-whole // (1 << 20))}MiB")
+        remedies = [*helping, raised, Remedy("compute on the CPU", 0, "device=cpu")]
+        raise refuse(who, "VRAM", whole, self.budget.vram, remedies)
 
     def _check(self, who: str, ram: int, remedies: list[Remedy]) -> None:
         if ram > self.room:

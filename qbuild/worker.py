@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from qbuild import errors, machine
+from qbuild import errors, machine, vram
 from qbuild.actions import hashing, stream, warm
 from qbuild.actions import metadata as metadata_action
 from qbuild.budget import format_size
@@ -38,7 +38,8 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Job:
-    """``kind`` names an entry of the table below; ``task`` is its value. ``predicted`` and ``limit`` are bytes."""
+    """``kind`` names an entry of the table below; ``task`` is its value. ``predicted`` and ``limit`` are bytes of RAM,
+    ``vram`` and ``vram_limit`` those of a device, 0 for a job that uses none."""
 
     kind: str
     label: str
@@ -46,13 +47,18 @@ class Job:
     store: Path
     predicted: int
     limit: int
+    vram: int = 0
+    vram_limit: int = 0
 
 
 @dataclass(frozen=True)
 class Done:
+    """``peak`` and ``vram``: bytes of RAM and of a device that were taken at most."""
+
     value: Any
     peak: int
     seconds: float
+    vram: int = 0
 
 
 # parent side ---------------------------------------------------------------------------------------------------------
@@ -75,7 +81,7 @@ def run(job: Job, on_event: Emit) -> Done:
         watch = _Watch(job, process, on_event)
         try:
             ours.send(job)
-            status, value, peak = _listen(ours, watch)
+            status, value, peak, vram_peak = _listen(ours, watch)
         except (EOFError, ConnectionError):
             process.wait()
             raise watch.killed(_tail(log)) from None
@@ -90,7 +96,7 @@ def run(job: Job, on_event: Emit) -> Done:
     if status == "bug":
         raise RuntimeError(f"in worker {job.label}:\n{value}")
     # What the worker measures is its own; what it started was seen from here.
-    return Done(value, max(peak, watch.peak), time.monotonic() - began)
+    return Done(value, max(peak, watch.peak), time.monotonic() - began, vram_peak)
 
 
 def _listen(connection: Connection, watch: _Watch) -> tuple[Any, ...]:
@@ -176,6 +182,7 @@ JOBS = {
     "calibration.tokens": "qbuild.jobs.tokens",
     "calibration.statistics": "qbuild.jobs.statistics",
     "quant.layer": "qbuild.jobs.solve",
+    "quant.propagated": "qbuild.jobs.propagate",
     "calibration.imatrix": "qbuild.jobs.importance",
     "checkpoint.directory": "qbuild.jobs.directory",
     "quant.backend": "qbuild.jobs.backend",
@@ -214,14 +221,25 @@ def main(descriptor: int) -> None:
             connection.send(message)
 
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
+    held: vram.Hold | None = None
     try:
+        held = vram.hold(job.vram_limit) if job.vram else None
         value = _run(job, lambda event: send(("event", event)))
-        send(("done", value, _peak()))
+        send(("done", value, _peak(), held.peak() if held else 0))
     except QbuildError as error:
-        send(("error", error, _peak()))
-    except Exception:
-        send(("bug", traceback.format_exc(), _peak()))
+        send(("error", error, _peak(), 0))
+    except Exception as error:
+        if held and vram.ran_out(error):
+            send(("error", _over_budget(job, held.peak()), _peak(), 0))
+        else:
+            send(("bug", traceback.format_exc(), _peak(), 0))
     os._exit(0)
+
+
+def _over_budget(job: Job, peak: int) -> ActionFailed:
+    memory = f"predicted peak {format_size(job.vram)}, observed {format_size(peak)}"
+    fact = f"stopped: it went over its VRAM budget of {format_size(job.vram_limit)} ({memory})"
+    return ActionFailed(job.label, fact, "raise budget.vram, or compute on the CPU: device=cpu")
 
 
 def _die_with_parent(connection: Connection) -> None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from qbuild.calibration.statistics import Input, Statistics, mirrored
+from qbuild.calibration.statistics import Input, Statistics
+from qbuild.calibration.triangle import upper
 from qbuild.errors import InputError
 
-__all__ = ["Collector", "Watch"]
+__all__ = ["Collector", "Measured", "Watch"]
 
 UNFIT = "calibration cannot measure this kind of layer"
-BLOCK = 256  # rows of a Gram matrix that are summed by one product
+BLOCK, BLOCK_CUDA = 256, 2048  # rows of a Gram matrix that are summed by one product
 
 
 @dataclass
@@ -27,12 +27,14 @@ class _Sums:
     """The sums of one input. Long sums (the diagonal, |X|) are kept in float64, the Gram matrix in float32.
 
     A Gram entry is a sum of as many float32 terms as there are windows, each a product of matrices over one window.
+    ``drift`` is Xᵀ(X' − X), X' what the source reads in the same place.
     """
 
     shared: set[str]
     diagonal: torch.Tensor
     absolute: torch.Tensor
     gram: torch.Tensor | None
+    drift: torch.Tensor | None = None
     count: int = 0
 
     def add_moments(self, windows: Sequence[torch.Tensor]) -> None:
@@ -44,7 +46,30 @@ class _Sums:
     def add_rows(self, gram: torch.Tensor, start: int, windows: Sequence[torch.Tensor]) -> None:
         """Some rows of the Gram matrix, right of the diagonal: the upper triangle is enough, and half the work."""
         for x in windows:
-            gram[start : start + BLOCK, start:].addmm_(x[:, start : start + BLOCK].T, x[:, start:])
+            rows = _block(x)
+            gram[start : start + rows, start:].addmm_(x[:, start : start + rows].T, x[:, start:])
+
+    def add_drift(
+        self, drift: torch.Tensor, start: int, windows: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]
+    ) -> None:
+        """Some rows of the drift; ``moved``: X' − X of each window."""
+        for x, difference in zip(windows, moved, strict=True):
+            rows = _block(x)
+            drift[start : start + rows].addmm_(x[:, start : start + rows].T, difference)
+
+    @property
+    def starts(self) -> range:
+        """Of the blocks of rows."""
+        return range(0, len(self.diagonal), _block(self.diagonal))
+
+
+def _joined(windows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """On a device few large products are faster; on a CPU windows stay apart, so that sums do not depend on threads."""
+    return [torch.cat(windows)] if windows and windows[0].device.type != "cpu" else windows
+
+
+def _block(x: torch.Tensor) -> int:
+    return BLOCK if x.device.type == "cpu" else BLOCK_CUDA
 
 
 @dataclass(frozen=True)
@@ -95,18 +120,37 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]  # torch is not looked int
         self._seen[key] = _Seen(weakref.ref(x), x._version, self.found[-1])
 
 
+@dataclass(frozen=True)
+class Measured:
+    """An input where it was summed, float32: the diagonal and right of it is ``gram`` [n, n] the Gram matrix.
+
+    ``drift`` [n, n] is Xᵀ(X' − X), X' what the source reads for the same tokens; None where it was not asked for, or
+    where the two did not read the same tokens: of an expert.
+    """
+
+    name: str
+    shared: tuple[str, ...]
+    count: int
+    gram: torch.Tensor | None
+    diagonal: torch.Tensor
+    mean_abs: torch.Tensor
+    drift: torch.Tensor | None = None
+
+
 @dataclass
 class Collector:
     """Sums the inputs of a layer's linears over windows.
 
     ``parameters`` maps the parameters of the layer, real now, to the checkpoint names that they are made of;
-    ``linears`` are the checkpoint names (without ``.weight``) whose inputs are wanted.
+    ``linears`` are the checkpoint names (without ``.weight``) whose inputs are wanted. ``length``: tokens of a window
+    where inputs are compared with the source's, else 0.
     """
 
     layer: int
     parameters: Mapping[str, tuple[torch.Tensor, tuple[str, ...]]]
     linears: Collection[str]
     gram: bool
+    length: int = 0
     _sums: dict[str, _Sums] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,26 +162,52 @@ class Collector:
         """For one window."""
         return Watch(self._names)
 
-    def add(self, watches: Iterable[Watch], pool: Executor) -> None:
-        """Add what windows gave, in their order: how many come at a time changes no bit, nor does the pool's size."""
-        windows: dict[str, list[torch.Tensor]] = {}
-        for found in (found for watch in watches for found in watch.found):
-            name, x = found.names[0], found.x
-            if x._version != found.version:
-                raise InputError(f"layer {self.layer}", f"the input of {name} is overwritten after it was read", UNFIT)
-            if name not in self._sums:
-                self._sums[name] = self._empty(x)
-            sums = self._sums[name]
-            sums.shared.update(found.names)
-            windows.setdefault(name, []).append(x.reshape(-1, x.shape[-1]).float())
-        jobs: list[Callable[[], None]] = []
+    def add(self, watches: Sequence[Watch], pool: Executor, beside: Sequence[Watch] = ()) -> None:
+        """Add what windows gave, in their order: on a CPU it changes no bit how many come at a time, nor does the
+        pool's size.
+
+        ``beside``: what the same windows gave in the source, where drift is summed.
+        """
+        windows, jobs = self._windows(watches), []
+        drifts = self._drifts(windows, self._windows(beside)) if self.length else {}
         for name, xs in windows.items():
             sums = self._sums[name]
+            xs, moved = _joined(xs), _joined(drifts.get(name, []))
             jobs.append(partial(sums.add_moments, xs))
             if sums.gram is not None:
-                jobs += [partial(sums.add_rows, sums.gram, at, xs) for at in range(0, len(sums.gram), BLOCK)]
+                jobs += [partial(sums.add_rows, sums.gram, at, xs) for at in sums.starts]
+            if sums.drift is not None:
+                jobs += [partial(sums.add_drift, sums.drift, at, xs, moved) for at in sums.starts]
         for done in [pool.submit(job) for job in jobs]:
             done.result()
+
+    def _windows(self, watches: Sequence[Watch]) -> dict[str, list[torch.Tensor]]:
+        """float32 [tokens, n] of each window by the input's name."""
+        windows: dict[str, list[torch.Tensor]] = {}
+        for found in (found for watch in watches for found in watch.found):
+            name = found.names[0]
+            if found.x._version != found.version:
+                raise InputError(f"layer {self.layer}", f"the input of {name} is overwritten after it was read", UNFIT)
+            x = found.x.reshape(-1, found.x.shape[-1]).float()
+            if name not in self._sums:
+                self._sums[name] = self._empty(x)
+            self._sums[name].shared.update(found.names)
+            windows.setdefault(name, []).append(x)
+        return windows
+
+    def _drifts(
+        self, windows: Mapping[str, list[torch.Tensor]], source: Mapping[str, list[torch.Tensor]]
+    ) -> dict[str, list[torch.Tensor]]:
+        """How far what the source reads is from what is read here, by window. It is that of all tokens or of none:
+        experts may get others than in the source."""
+        found = {}
+        for name, xs in windows.items():
+            others = source.get(name, [])
+            if len(xs) == len(others) and all(len(x) == self.length for x in (*xs, *others)):
+                found[name] = [other - x for x, other in zip(xs, others, strict=True)]
+            else:
+                self._sums[name].drift = None
+        return found
 
     def _names(self, weight: torch.Tensor) -> tuple[str, ...]:
         """The wanted linears that a weight is made of, () for anything else."""
@@ -162,18 +232,29 @@ class Collector:
         n = x.shape[-1]
         long = [torch.zeros(n, dtype=torch.float64, device=x.device) for _ in range(2)]
         gram = torch.zeros(n, n, dtype=torch.float32, device=x.device) if self.gram else None
-        return _Sums(set(), long[0], long[1], gram)
+        return _Sums(set(), long[0], long[1], gram, None if gram is None or not self.length else torch.zeros_like(gram))
 
     def statistics(self) -> Statistics:
-        """What was summed. Raises InputError where an input was NaN or infinite, or where a linear is never multiplied
-        in a way that is looked for."""
-        inputs = [self._input(name, sums) for name, sums in sorted(self._sums.items())]
-        unreached = set(self.linears).difference(*(found.shared for found in inputs))
+        """What was summed, as an artifact. Raises as ``unreached`` and ``measured`` do."""
+        unreached = self.unreached()
+        return Statistics(self.layer, tuple(map(_stored, self.measured())), unreached)
+
+    def unreached(self) -> tuple[str, ...]:
+        """The linears whose inputs were not seen: of experts that no token was sent to. Raises InputError where a
+        linear is never multiplied in a way that is looked for."""
+        unreached = set(self.linears).difference(*(found.shared for found in self._sums.values()))
         lost = [name for name in unreached if not self._has_siblings(name, unreached)]
         if lost:
             fact = f"the inputs of {min(lost)} were not seen: its product is not a plain linear one"
             raise InputError(f"layer {self.layer}", fact, UNFIT)
-        return Statistics(self.layer, tuple(inputs), tuple(sorted(unreached)))
+        return tuple(sorted(unreached))
+
+    def measured(self) -> Iterator[Measured]:
+        """By name; what was taken is not held here any more, nor is the layer. Raises InputError where an input was NaN
+        or infinite."""
+        self.parameters, self._by_storage = {}, {}
+        for name in sorted(self._sums):
+            yield self._measured(name, self._sums.pop(name))
 
     def _has_siblings(self, linear: str, unreached: Collection[str]) -> bool:
         """Whether a linear is one of a parameter's experts, some of which were reached."""
@@ -183,18 +264,22 @@ class Collector:
                 return any(name not in unreached for name in names)
         return False
 
-    def _input(self, name: str, sums: _Sums) -> Input:
-        diagonal = sums.diagonal.float().cpu().numpy()
-        if not np.isfinite(diagonal).all():
-            bad = np.flatnonzero(~np.isfinite(diagonal))
-            fact = f"the inputs of {name} are NaN or infinite in {len(bad)} of {len(diagonal)} columns, first {bad[0]}"
+    def _measured(self, name: str, sums: _Sums) -> Measured:
+        diagonal = sums.diagonal.float()
+        bad = torch.nonzero(~torch.isfinite(diagonal))
+        if len(bad):
+            columns = f"{len(bad)} of {len(diagonal)} columns, first {int(bad[0])}"
+            fact = f"the inputs of {name} are NaN or infinite in {columns}"
             remedy = "check the weights of the layers before it, or compute in float32: calibration.dtype=float32"
             raise InputError(f"layer {self.layer}", fact, remedy)
-        gram = None
         if sums.gram is not None:
-            gram = mirrored(sums.gram.cpu().numpy())
-            np.fill_diagonal(gram, diagonal)
-        return Input(
-            name, tuple(sorted(sums.shared)), sums.count, gram, diagonal,
-            (sums.absolute / sums.count).float().cpu().numpy(),
-        )  # fmt: skip
+            sums.gram.diagonal().copy_(diagonal)
+        mean_abs = (sums.absolute / sums.count).float()
+        return Measured(name, tuple(sorted(sums.shared)), sums.count, sums.gram, diagonal, mean_abs, sums.drift)
+
+
+def _stored(found: Measured) -> Input:
+    packed = None if found.gram is None else upper(found.gram).cpu().numpy()
+    return Input(
+        found.name, found.shared, found.count, packed, found.diagonal.cpu().numpy(), found.mean_abs.cpu().numpy()
+    )

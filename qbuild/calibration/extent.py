@@ -13,7 +13,18 @@ from typing import Any
 
 from qbuild.calibration import families, shapes
 
-__all__ = ["LayerShape", "ModelShape", "forward_ram", "model_shape", "solve_ram"]
+__all__ = [
+    "Device",
+    "LayerShape",
+    "ModelShape",
+    "device_forward",
+    "device_propagation",
+    "device_solve",
+    "forward_ram",
+    "model_shape",
+    "propagation_ram",
+    "solve_ram",
+]
 
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|word_embeddings\w*)(\.|$)")
@@ -47,6 +58,10 @@ class LayerShape:
         """Of one token through the layer, with its statistics."""
         grams = sum(2.0 * n * n for n in self.inputs) if detail == "gram" else 0.0
         return 2.0 * self.weights + grams
+
+    def propagation_flops(self) -> float:
+        """Of one token through the layer of the source and twice of the quantized model, with what is summed."""
+        return 6.0 * self.weights + sum(4.0 * n * n for n in self.inputs)
 
     def solve_flops(self, rounding: str, *, scaled: bool) -> float:
         """Of quantizing the layer: GPTQ carries every column's error to all that follow, AWQ tries scales."""
@@ -104,7 +119,73 @@ def forward_ram(
 
 def solve_ram(layer: LayerShape) -> int:
     """Predicted peak bytes of the worker that quantizes a layer."""
+    return TORCH_RAM + layer.statistics_bytes("gram") + _solving(layer)
+
+
+def _solving(layer: LayerShape) -> int:
+    """Weights as they are stored and as float32, Gram matrices, and what the widest and the largest linear take."""
     widest = max(cols for _, cols in layer.sizes)
     largest = max(out * cols for out, cols in layer.sizes)
-    work = 4 * (4 * widest * widest + 6 * largest)
-    return TORCH_RAM + 6 * layer.weights + layer.statistics_bytes("gram") + shapes.gram_bytes(layer.linears) + work
+    return 6 * layer.weights + shapes.gram_bytes(layer.linears) + 4 * (4 * widest * widest + 6 * largest)
+
+
+def propagation_ram(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step
+) -> int:
+    """Predicted peak bytes of the worker that quantizes layers with error propagation: a pass with two models' states
+    and a second matrix for each Gram matrix, and between two layers the solving of one."""
+    apart = [
+        max(
+            shapes.comparison_footprint(config, tensors, model.prefix, layer.index, step),
+            _solving(layer) + shapes.gram_bytes(layer.linears) + layer.weights,
+        )
+        for layer in model.layers
+    ]
+    return shapes.BASE + shapes.held_states(config, step, 2) + max(apart)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Predicted peaks of a worker that computes on a CUDA device, in bytes; ``vram`` is what it allocates there."""
+
+    ram: int
+    vram: int
+
+
+def device_forward(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step
+) -> Device:
+    """Of the worker that runs the forward pass."""
+    ram = shapes.device_ram(tensors, step) + shapes.held_states(config, step)
+    saving = max(layer.statistics_bytes("gram" if step.gram else "diagonal") for layer in model.layers)
+    found = (shapes.device_footprint(config, tensors, model.prefix, layer.index, step) for layer in model.layers)
+    return Device(ram + 2 * saving, max(found))
+
+
+def device_solve(layer: LayerShape) -> Device:
+    """Of the worker that quantizes a layer."""
+    reading = 2 * layer.statistics_bytes("gram") + 2 * layer.weights  # of the next layer too
+    ram = shapes.BASE_DEVICE + 2 * reading + 2 * layer.weights
+    return Device(ram, shapes.CUBLAS + _solving_device(layer))
+
+
+def device_propagation(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step
+) -> Device:
+    """Of the worker that quantizes layers with error propagation."""
+    largest = max(layer.weights for layer in model.layers)
+    ram = shapes.device_ram(tensors, step) + shapes.held_states(config, step, 2) + 4 * largest
+    found = [
+        max(
+            shapes.device_footprint(config, tensors, model.prefix, layer.index, step, models=2),
+            shapes.CUBLAS + _solving_device(layer) + shapes.gram_bytes(layer.linears),
+        )
+        for layer in model.layers
+    ]
+    return Device(ram, max(found))
+
+
+def _solving_device(layer: LayerShape) -> int:
+    """Codes too stay on the device, and the factoring of the widest Gram matrix holds seven of its size."""
+    widest = max(cols for _, cols in layer.sizes)
+    return 7 * layer.weights + shapes.gram_bytes(layer.linears) + 4 * 7 * widest * widest

@@ -40,7 +40,7 @@ class Layer:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         positional, named = self._arguments(hidden.shape[1])[self.index]
         with torch.no_grad():  # it is a thread's own
-            made = self.module(hidden.to(self._device), *positional, **named)
+            made = self.module(hidden.to(self._device, non_blocking=True), *positional, **named)
         return made[0] if isinstance(made, tuple) else made
 
 

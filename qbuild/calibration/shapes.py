@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -15,9 +16,12 @@ __all__ = [
     "BASE_DEVICE",
     "Linear",
     "Step",
+    "comparison_footprint",
     "device_footprint",
+    "device_ram",
     "forward_footprint",
     "gram_bytes",
+    "held_states",
     "linears",
     "shared_inputs",
     "state_bytes",
@@ -27,6 +31,7 @@ BASE = 440 << 20  # torch for CPUs, transformers, and a model without weights
 BASE_CUDA = 860 << 20  # the same with a torch that was built for CUDA, used or not
 BASE_DEVICE = 1560 << 20  # and with a CUDA device in use
 CUBLAS = 128 << 20  # workspaces on the device
+TOGETHER_CUDA = 8  # windows whose inputs are summed together on a device: in the bytes, so it is no setting
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 ACTIVATIONS_HIDDEN, ACTIVATIONS_WIDE = 4, 3  # tensors of a window alive at once, of these widths
 TOGETHER = {
@@ -97,6 +102,23 @@ def state_bytes(config: Mapping[str, Any], step: Step) -> int:
     return step.windows * step.length * int(text_config(config)["hidden_size"]) * ITEM[step.dtype]
 
 
+def held_states(config: Mapping[str, Any], step: Step, models: int = 1) -> int:
+    """The hidden states of models in RAM during a pass."""
+    states = state_bytes(config, step)
+    window = states // step.windows
+    return models * (2 * window if step.spill else states + window)
+
+
+def comparison_footprint(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], prefix: str, layer: int, step: Step
+) -> int:
+    """What a worker on a CPU needs beside the hidden states, to sum a layer's inputs in the source and in a quantized
+    model, in bytes."""
+    parts = _parts(config, tensors, prefix, layer, step)
+    alive = 3 * min(step.threads, step.windows) * parts.alive  # two windows a thread, and how far they are apart
+    return parts.weights + max(alive, parts.reading) + 2 * parts.grams
+
+
 def forward_footprint(
     config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], prefix: str, layer: int, step: Step
 ) -> int:
@@ -105,27 +127,49 @@ def forward_footprint(
     The constants are fitted to measured peaks of Llama shapes from 135M to 8B: benchmarks/bench_calibration.py.
     """
     parts = _parts(config, tensors, prefix, layer, step)
-    states = state_bytes(config, step)
-    window = states // step.windows
-    held = 2 * window if step.spill else states + window
     embedding = step.stored * max((prod(s) for name, s in tensors.items() if not name.startswith(prefix)), default=0)
     alive = min(step.threads, step.windows) * parts.alive  # a window a thread
     working = parts.weights + max(alive, parts.reading) + parts.grams
-    return step.base + held + max(working, parts.saving, embedding)
+    return step.base + held_states(config, step) + max(working, parts.saving, embedding)
+
+
+def device_ram(tensors: Mapping[str, tuple[int, ...]], step: Step) -> int:
+    """Peak RAM of a worker that runs a model's layers on a CUDA device, in bytes, without the hidden states."""
+    return BASE_DEVICE + 2 * step.stored * max(map(prod, tensors.values()))
 
 
 def device_footprint(
-    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], prefix: str, layer: int, step: Step
-) -> tuple[int, int]:
-    """Peak RAM of a worker that measures this layer on a CUDA device, and what it allocates there, in bytes.
+    config: Mapping[str, Any],
+    tensors: Mapping[str, tuple[int, ...]],
+    prefix: str,
+    layer: int,
+    step: Step,
+    models: int = 1,
+) -> int:
+    """What a worker that measures this layer allocates on a CUDA device, in bytes: in one model, compared in two, or
+    in none, where windows only go through.
 
     Fitted to a few measured peaks on one H100; the CUDA context itself takes some hundred MiB of the device more.
     """
     parts = _parts(config, tensors, prefix, layer, step)
-    states = 0 if step.spill else state_bytes(config, step)
-    embedding = step.stored * max((prod(s) for name, s in tensors.items() if not name.startswith(prefix)), default=0)
-    ram = BASE_DEVICE + states + max(parts.reading, parts.saving, embedding)
-    return ram, CUBLAS + parts.weights + max(parts.alive, parts.reading) + parts.grams
+    item, hidden = ITEM[step.dtype], int(text_config(config)["hidden_size"])
+    tokens = min(TOGETHER_CUDA, step.windows) * step.length
+    widths = _read_widths(config, linears(prefix, layer, tensors))
+    noted = (item if item == 4 else item + 4) + (4 if step.gram else 0)  # as they were read, widened, side by side
+    squares = 4 * max(widths, default=0)
+    summed = tokens * (noted * sum(widths) + squares)
+    states = 2 * tokens * hidden * item
+    window = item * step.length * (ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_WIDE * max(widths, default=hidden))
+    working = parts.weights + models * (summed + states) + window + models * parts.grams
+    return CUBLAS + max(working, parts.weights + parts.reading, parts.grams + parts.grams // 2)
+
+
+def _read_widths(config: Mapping[str, Any], found: tuple[Linear, ...]) -> list[int]:
+    """Values that linears read for one token: of experts those that it is sent to."""
+    groups = [group[0] for group in shared_inputs(found)]
+    chosen = int(text_config(config).get("num_experts_per_tok") or 1)
+    experts = {re.sub(r"\d+", "*", linear.name): linear.inputs for linear in groups if ".experts." in linear.name}
+    return [linear.inputs for linear in groups if ".experts." not in linear.name] + [*experts.values()] * chosen
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,37 @@ tr((W−Ŵ) G (W−Ŵ)ᵀ), the same number as over the activations themselves.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Input", "Statistics", "mirrored"]
+__all__ = ["Input", "Statistics", "notices"]
 
-BLOCK = 256
 STARVED = 128  # tokens: fewer say little about an expert's inputs
+
+
+class Counted(Protocol):
+    """Linears that read one input, and for how many tokens."""
+
+    @property
+    def shared(self) -> tuple[str, ...]: ...
+
+    @property
+    def count(self) -> int: ...
+
+
+def notices(layer: int, inputs: Iterable[Counted], unreached: Collection[str]) -> tuple[str, ...]:
+    """What a user should know: experts that saw few tokens or none, of which the statistics say little."""
+    sizes = [(len(found.shared), found.count) for found in inputs]
+    starved = sum(linears for linears, count in sizes if count < STARVED)
+    if not starved and not unreached:
+        return ()
+    linears = sum(linears for linears, _ in sizes) + len(unreached)
+    few = f"{starved + len(unreached)} of {linears} linears saw fewer than {STARVED} tokens"
+    none = f", {len(unreached)} of them none" if unreached else ""
+    return (f"layer {layer}: {few}{none}; more samples reach more experts",)
 
 
 @dataclass(frozen=True)
@@ -25,13 +47,14 @@ class Input:
 
     ``name`` is the first of them and ``shared`` are all, by their checkpoint names without ``.weight``. A matrix of a
     stacked tensor has its number in brackets: ``model.layers.0.mlp.experts.down_proj[3]``. ``count`` is the number of
-    tokens; ``gram`` [n, n] and ``diagonal`` [n] are sums over them, ``mean_abs`` [n] is a mean; all float32.
+    tokens; ``diagonal`` [n] is a sum over them, ``mean_abs`` [n] a mean, ``upper`` [n (n + 1) / 2] the upper triangle
+    of the Gram matrix row by row (``triangle``); all float32.
     """
 
     name: str
     shared: tuple[str, ...]
     count: int
-    gram: np.ndarray | None
+    upper: np.ndarray | None
     diagonal: np.ndarray
     mean_abs: np.ndarray
 
@@ -51,18 +74,8 @@ class Statistics:
                 return found
         raise KeyError(linear)
 
-    def notices(self) -> tuple[str, ...]:
-        """What a user should know: experts that saw few tokens or none, of which the statistics say little."""
-        starved = sum(len(found.shared) for found in self.inputs if found.count < STARVED)
-        if not starved and not self.unreached:
-            return ()
-        linears = sum(len(found.shared) for found in self.inputs) + len(self.unreached)
-        few = f"{starved + len(self.unreached)} of {linears} linears saw fewer than {STARVED} tokens"
-        none = f", {len(self.unreached)} of them none" if self.unreached else ""
-        return (f"layer {self.layer}: {few}{none}; more samples reach more experts",)
-
     def to_bytes(self) -> bytearray:
-        """Canonical: the same numbers are the same bytes. Of a Gram matrix the upper triangle is kept, row by row.
+        """Canonical: the same numbers are the same bytes.
 
         In the safetensors format, written in place: Gram matrices are the largest objects of a pass.
         """
@@ -70,22 +83,21 @@ class Statistics:
         parts: list[tuple[int, np.ndarray]] = []
         end = 0
         for found in self.inputs:
-            for kind, array in (("gram", found.gram), ("diagonal", found.diagonal), ("mean_abs", found.mean_abs)):
+            for kind, array in (("gram", found.upper), ("diagonal", found.diagonal), ("mean_abs", found.mean_abs)):
                 if array is None:
                     continue
-                size = array.size if array.ndim == 1 else _packed_size(len(array))
                 header[f"{found.name}.{kind}"] = {
-                    "dtype": "F32", "shape": [size], "data_offsets": [end, end + 4 * size]
+                    "dtype": "F32", "shape": [array.size], "data_offsets": [end, end + array.nbytes]
                 }  # fmt: skip
                 parts.append((end, array))
-                end += 4 * size
+                end += array.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         made = bytearray(8 + len(text) + end)
         made[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
         values = np.frombuffer(made, np.float32, offset=8 + len(text))
         for start, array in parts:
-            _pack(array, values[start // 4 :])
+            values[start // 4 : start // 4 + array.size] = array
         return made
 
     def _about(self) -> str:
@@ -108,40 +120,6 @@ class Statistics:
         for name, shared, count in about["inputs"]:
             diagonal = values(f"{name}.diagonal").copy()
             held = grams and f"{name}.gram" in header
-            gram = _square(values(f"{name}.gram"), len(diagonal)) if held else None
-            inputs.append(Input(name, tuple(shared), count, gram, diagonal, values(f"{name}.mean_abs").copy()))
+            upper = values(f"{name}.gram").copy() if held else None
+            inputs.append(Input(name, tuple(shared), count, upper, diagonal, values(f"{name}.mean_abs").copy()))
         return Statistics(about["layer"], tuple(inputs), tuple(about["unreached"]))
-
-
-def _packed_size(n: int) -> int:
-    return n * (n + 1) // 2
-
-
-def _pack(array: np.ndarray, into: np.ndarray) -> None:
-    if array.ndim == 1:
-        into[: len(array)] = array
-        return
-    at, n = 0, len(array)
-    for row in range(n):
-        into[at : at + n - row] = array[row, row:]
-        at += n - row
-
-
-def _square(packed: np.ndarray, n: int) -> np.ndarray:
-    gram = np.empty((n, n), np.float32)
-    at = 0
-    for row in range(n):
-        gram[row, row:] = packed[at : at + n - row]
-        at += n - row
-    return mirrored(gram)
-
-
-def mirrored(gram: np.ndarray) -> np.ndarray:
-    """A square matrix with its lower triangle made that of its upper one, in place."""
-    for start in range(0, len(gram), BLOCK):  # in blocks: whole columns at a time would miss every cache
-        rows = slice(start, start + BLOCK)
-        for other in range(0, start, BLOCK):
-            gram[rows, other : other + BLOCK] = gram[other : other + BLOCK, rows].T
-        square = gram[rows, rows]
-        square[:] = np.triu(square) + np.triu(square, 1).T
-    return gram

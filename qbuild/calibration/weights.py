@@ -129,7 +129,7 @@ class Weights:
         if origin is not None and origin.stacks() and not self._tied.get(parameter):
             tensor = self._stacked(parameter, origin, torch.empty(meta.shape, dtype=meta.dtype, device=device))
         else:
-            tensor = self.load([parameter])[parameter].to(device, meta.dtype)
+            tensor = self.load([parameter])[parameter].to(device).to(meta.dtype)  # the device widens, not the CPU
         _assign(self.model, parameter, tensor)
 
     def _stacked(self, parameter: str, origin: _Origin, made: torch.Tensor) -> torch.Tensor:

@@ -57,9 +57,9 @@ def outputs(document: Mapping[str, Any]) -> list[str]:
 
 def as_null(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document that the next build would make if nothing changes: all of it was there."""
+    idle = {"seconds": 0.0, "peak_ram": 0, "predicted_ram": 0, "peak_vram": 0, "predicted_vram": 0}
     targets = {
-        name: target
-        | {"verdicts": {"hit": sum(target["verdicts"].values())}, "seconds": 0.0, "peak_ram": 0, "predicted_ram": 0}
+        name: target | idle | {"verdicts": {"hit": sum(target["verdicts"].values())}}
         for name, target in document["targets"].items()
     }
     totals = {key: {} if isinstance(value, dict) else type(value)() for key, value in document["totals"].items()}

@@ -7,10 +7,20 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from qbuild.calibration.extent import Device
 from qbuild.calibration.families import layer_count, layer_prefix
-from qbuild.calibration.shapes import BASE, ITEM, Step, forward_footprint, state_bytes
+from qbuild.calibration.shapes import (
+    BASE,
+    BASE_DEVICE,
+    CUBLAS,
+    ITEM,
+    Step,
+    device_footprint,
+    forward_footprint,
+    state_bytes,
+)
 
-__all__ = ["EXACT_ROWS", "ROWS", "Text", "evaluation", "states", "states_bytes"]
+__all__ = ["EXACT_ROWS", "ROWS", "Text", "evaluation", "on_device", "states", "states_bytes"]
 
 KERNELS = 96 << 20  # numba, its compiled kernels, and what dequantizing takes
 ROWS = 64  # positions whose logits of both models are in memory at a time
@@ -55,6 +65,20 @@ def evaluation(config: Mapping[str, Any], tensors: Shapes, text: Text, *, dequan
     matrices = (prod(shape) for name, shape in tensors.items() if name.startswith(prefix) and len(shape) == 2)
     matrix = BASE + kept + COMPARED * max(matrices, default=0)
     return (KERNELS if dequantized else 0) + kept + max(_layers(config, tensors, text), heads, matrix)
+
+
+def on_device(config: Mapping[str, Any], tensors: Shapes, text: Text, *, dequantized: bool) -> Device:
+    """Peaks of a worker that runs ``run.evaluate`` on a CUDA device."""
+    kept, prefix = states_bytes(config, text), layer_prefix(config, tensors)
+    table, vocabulary = _table(config, tensors)
+    matrices = (prod(shape) for name, shape in tensors.items() if name.startswith(prefix) and len(shape) == 2)
+    ram = BASE_DEVICE + 2 * kept + max(COMPARED * max(matrices, default=0), 8 * table)
+    step = Step(text.windows, text.length, text.dtype, gram=False, stored=4)
+    count = layer_count(config)
+    layers = (device_footprint(config, tensors, prefix, layer, step, models=0) for layer in range(count))
+    logits = vocabulary * (2 * ROWS * ITEM[text.dtype] + EXACT_COPIES * EXACT_ROWS * 8)
+    heads = CUBLAS + 2 * table * ITEM[text.dtype] + 4 * table + logits
+    return Device((KERNELS if dequantized else 0) + ram, max(*layers, heads))
 
 
 def _layers(config: Mapping[str, Any], tensors: Shapes, text: Text) -> int:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+from typing import Any
 
 import torch
 
+from qbuild.actions import solve
 from qbuild.actions.solve import KIND, Item, Made, Task
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibration.families import layer_prefix
 from qbuild.calibration.statistics import Statistics
+from qbuild.calibration.triangle import square
 from qbuild.digest import Digest
 from qbuild.jobs import Emit, needed
 from qbuild.jobs.tensors import Tensors
+from qbuild.quant import layer
 from qbuild.quant.codes import Solved
 from qbuild.quant.families import groups
 from qbuild.quant.grid import Grid
-from qbuild.quant.layer import Params, solve
 from qbuild.quant.scaling import Seen
 from qbuild.store import Store
 
-__all__ = ["run"]
+__all__ = ["quantized", "run"]
+
+_Loaded = tuple[Statistics, dict[str, torch.Tensor]]  # the layer's tensors as they are stored
 
 
 def run(task: Task, store: Store, emit: Emit) -> Made:
@@ -30,21 +38,39 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
     made: dict[str, Digest] = {}
     prefix = layer_prefix(task.checkpoint.config, task.checkpoint.tensors)
     with Tensors(task.checkpoint) as read:
-        for number, item in enumerate(task.items, start=1):
-            start = time.monotonic()
-            statistics = Statistics.from_bytes(needed(store, item.statistics))
-            solved = _solve(item, task, f"{prefix}{item.params.layer}.", read, statistics)
+
+        def load(item: Item) -> _Loaded:
+            return Statistics.from_bytes(needed(store, item.statistics)), {name: read(name) for name in item.tensors}
+
+        start = time.monotonic()
+        for number, (item, loaded) in enumerate(_loaded(task.items, load), start=1):
+            solved = _solve(item, task, f"{prefix}{item.params.layer}.", *loaded)
             made[item.id] = store.put_bytes(solved.to_bytes())
             cache.put(item.key, ActionResult(KIND, (made[item.id],), time.monotonic() - start))
             times = {"read": 0.0, "hash": time.monotonic() - began}
             current = f"layer {item.params.layer}"
             emit({"event": "progress", "tensors": number, "bytes": number, "current": current, "seconds": times})
+            start = time.monotonic()
     return Made(made, read.reader.bytes_read)
 
 
-def _solve(item: Item, task: Task, prefix: str, read: Tensors, statistics: Statistics) -> Solved:
+def _loaded(items: Sequence[Item], load: Callable[[Item], _Loaded]) -> Iterator[tuple[Item, _Loaded]]:
+    """Items with what they are made of. While a device computes, the next is read; on a CPU one is in memory."""
+    if items[0].params.device == "cpu":
+        yield from ((item, load(item)) for item in items)
+        return
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(load, items[0])
+        for item, following in zip_longest(items, items[1:]):
+            loaded = coming.result()
+            if following is not None:
+                coming = ahead.submit(load, following)
+            yield item, loaded
+
+
+def _solve(item: Item, task: Task, prefix: str, statistics: Statistics, stored: Mapping[str, torch.Tensor]) -> Solved:
     wanted, device = item.params, torch.device(item.params.device)
-    tensors = {name: read(name).to(device) for name in item.tensors}
+    tensors = {name: tensor.to(device) for name, tensor in stored.items()}
     held: dict[str, Seen] = {}
 
     def seen(linear: str) -> Seen | None:
@@ -53,14 +79,24 @@ def _solve(item: Item, task: Task, prefix: str, read: Tensors, statistics: Stati
             return None
         found = statistics.of(linear)
         if found.name not in held:
-            if found.gram is None:
+            if found.upper is None:
                 raise RuntimeError(f"BUG: the statistics of {linear} hold no Gram matrix")
-            values = torch.from_numpy(found.gram).to(device), torch.from_numpy(found.mean_abs).to(device)
-            held[found.name] = Seen(*values, found.count)
+            packed, mean_abs = (torch.from_numpy(part).to(device) for part in (found.upper, found.mean_abs))
+            held[found.name] = Seen(square(packed, len(mean_abs)), mean_abs, found.count)
         return held[found.name]
 
-    found = groups(task.checkpoint.config, prefix, tensors, wanted.linears)
+    return quantized(wanted, task.checkpoint.config, prefix, tensors, seen)
+
+
+def quantized(
+    wanted: solve.Params,
+    config: Mapping[str, Any],
+    prefix: str,
+    tensors: Mapping[str, torch.Tensor],
+    seen: Callable[[str], Seen | None],
+) -> Solved:
+    """A layer, of the ``tensors`` below ``prefix``, as an action's parameters ask for it."""
     grid = Grid(wanted.bits, wanted.group_size, wanted.symmetric)
-    params = Params(grid, wanted.scaled, wanted.rounding, wanted.order, wanted.damping)
-    solved: Solved = solve(tensors, seen, found, params)
+    params = layer.Params(grid, wanted.scaled, wanted.rounding, wanted.order, wanted.damping)
+    solved: Solved = layer.solve(tensors, seen, groups(config, prefix, tensors, wanted.linears), params)
     return solved

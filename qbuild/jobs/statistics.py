@@ -9,7 +9,7 @@ from qbuild.actions.statistics import KIND, Made, Task
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibration import tokens
 from qbuild.calibration.run import Pass, calibrate
-from qbuild.calibration.statistics import Statistics
+from qbuild.calibration.statistics import Statistics, notices
 from qbuild.jobs import Emit, needed
 from qbuild.jobs.tensors import Tensors
 from qbuild.store import Store
@@ -24,7 +24,8 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
     with Tensors(task.checkpoint) as read:
 
         def save(layer: int, data: bytearray, spent: float) -> None:
-            for notice in Statistics.from_bytes(data, grams=False).notices():
+            kept = Statistics.from_bytes(data, grams=False)
+            for notice in notices(layer, kept.inputs, kept.unreached):
                 emit({"event": "message", "level": "warning", "text": notice})
             made[layer] = store.put_bytes(data)
             seconds[layer] = spent

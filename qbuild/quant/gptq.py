@@ -10,18 +10,23 @@ index of groups.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
 
 import torch
 
 from qbuild.errors import ActionFailed
+from qbuild.quant import columns as columns_
 from qbuild.quant.codes import Codes
-from qbuild.quant.grid import Grid, fit, quantize
+from qbuild.quant.grid import Grid, fit
 
-__all__ = ["ORDERS", "Curvature", "curvature", "descend", "gptq"]
+__all__ = ["ORDERS", "Curvature", "columns_of", "curvature", "descend", "gptq", "rounded", "toward"]
 
 ORDERS = ("natural", "activation", "group", "indexed")
+SHARE = 0.5  # of what was lost before a linear that it makes good: see ``toward``
 BLOCK = 128  # columns between two updates of all that follow
 ROWS = 4096  # rows are independent: so many at a time bound the memory
+UNFIT = "the Gram matrix cannot be factored", "use more calibration samples, or more damping"
 RETRIES = 9  # with ten times the damping each, where the Gram matrix is not positive definite
 
 
@@ -57,7 +62,7 @@ def curvature(gram: torch.Tensor, size: int, order: str, damping: float) -> Curv
             if not failed:
                 return Curvature(hessian, columns, factor)
         damping *= 10
-    raise ActionFailed("gptq", "the Gram matrix cannot be factored", "use more calibration samples, or more damping")
+    raise ActionFailed("gptq", *UNFIT)
 
 
 def gptq(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: str, damping: float, sweeps: int = 3) -> Codes:
@@ -66,16 +71,42 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: str, dampi
     ``order`` may also be indexed: columns are sorted by their diagonal and groups are made of what is adjacent then
     (desc_act), which needs the index of groups in files.
     """
-    size = weight.shape[1] if grid.group_size == -1 else grid.group_size
     if order == "indexed":
-        columns = _order(gram.diagonal(), size, "activation")
+        columns = _order(gram.diagonal(), columns_of(grid, weight), "activation")
         sorted_gram = gram[columns[:, None], columns]
         return _scattered(gptq(weight[:, columns], sorted_gram, grid, "natural", damping, sweeps), columns)
-    seen = curvature(gram, size, order, damping)
+    return rounded(weight, curvature(gram, columns_of(grid, weight), order, damping), grid, sweeps)
+
+
+def columns_of(grid: Grid, weight: torch.Tensor) -> int:
+    """Columns of a group."""
+    return weight.shape[1] if grid.group_size == -1 else grid.group_size
+
+
+def rounded(weight: torch.Tensor, seen: Curvature, grid: Grid, sweeps: int = 3) -> Codes:
+    """As ``gptq``, of an input whose curvature is known: linears that read one input share it."""
+    size = columns_of(grid, weight)
     parts = [_solved(rows, seen, grid, size, sweeps) for rows in weight.split(ROWS)]
     codes, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     made = codes.to(torch.uint8), scales.half(), zeros.to(torch.uint8)
     return Codes(*made, grid.bits, size, grid.symmetric)
+
+
+def toward(weight: torch.Tensor, gram: torch.Tensor, drift: torch.Tensor, damping: float) -> torch.Tensor:
+    """``weight`` W float32 [out, in] moved toward the Ŵ that gives for inputs X what W gives for X': the least of
+    ‖X Ŵᵀ − X' Wᵀ‖² + λ‖Ŵ − W‖².
+
+    ``gram`` XᵀX and ``drift`` Xᵀ(X' − X), float32 [in, in]; λ is ``damping`` times the mean diagonal of ``gram``. It
+    goes half the way: all linears of a layer are measured before any is moved, so the later ones would make good what
+    the earlier ones have made good already. Raises ActionFailed as ``curvature`` does.
+    """
+    diagonal = gram.diagonal().mean().clamp(min=1e-30)
+    for _ in range(RETRIES):
+        lower, failed = torch.linalg.cholesky_ex(gram + damping * diagonal * torch.eye(len(gram), device=gram.device))
+        if not failed:
+            return weight + SHARE * torch.cholesky_solve(drift @ weight.T, lower).T
+        damping *= 10
+    raise ActionFailed("gptq", *UNFIT)
 
 
 def _scattered(made: Codes, columns: torch.Tensor) -> Codes:
@@ -124,18 +155,18 @@ def _round(
     columns = weight.T.contiguous()  # as rows: each step reads and writes whole rows of memory
     codes = torch.empty_like(columns)
     scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
+    loops, index = _loops(weight.device), torch.tensor(group, device=weight.device)
     for start in range(0, cols, BLOCK):
         stop = min(start + BLOCK, cols)
-        block, errors = columns[start:stop], torch.empty_like(columns[start:stop])
         local = factor[start:stop, start:stop]
-        for at in range(stop - start):
-            index = group[start + at]
-            code, value = quantize(block[at], scales[index], zeros[index], top)
-            codes[start + at] = code
-            errors[at] = (block[at] - value) / local[at, at]
-            block[at + 1 :].addr_(local[at, at + 1 :], errors[at], alpha=-1)
+        codes[start:stop], errors = loops.round_block(columns[start:stop], local, scales, zeros, index[start:stop], top)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return codes.T
+
+
+def _loops(device: torch.device) -> Any:
+    """The loops over columns: those that need Triton are loaded where there is a device for them."""
+    return import_module("qbuild.quant.triton_columns") if device.type == "cuda" else columns_
 
 
 def descend(
@@ -154,29 +185,18 @@ def descend(
     """
     columns, steps, middles = weight.T, scales.T.contiguous(), zeros.T.contiguous()
     codes = codes.T.contiguous()
-    size = len(codes) // len(steps)
+    size, loops = len(codes) // len(steps), _loops(weight.device)
     values = ((codes.view(len(steps), size, -1) - middles[:, None]) * steps[:, None]).view_as(codes)
     slope = hessian @ (values - columns)  # half the gradient of the loss
     for _ in range(sweeps):
         for group, (scale, zero) in enumerate(zip(steps, middles, strict=True)):
             inside = slice(group * size, (group + 1) * size)
             own, before = hessian[inside, inside], values[inside].clone()
-            codes[inside] = _recoded(before, slope[inside], own, scale, zero, top)
+            codes[inside] = loops.recode(before, slope[inside], own, scale, zero, top)
             scale.copy_(_rescaled(codes[inside] - zero, before, slope[inside], own, scale))
             values[inside] = (codes[inside] - zero) * scale
             slope.addmm_(hessian[:, inside], values[inside] - before)
     return codes.T, steps.T
-
-
-def _recoded(
-    values: torch.Tensor, slope: torch.Tensor, own: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int
-) -> torch.Tensor:
-    """Codes [columns, out] of one group, a column at a time."""
-    slope, codes = slope.clone(), torch.empty_like(values)
-    for at, value in enumerate(values):
-        codes[at], better = quantize(value - slope[at] / own[at, at], scale, zero, top)
-        slope.addr_(own[:, at], better - value)
-    return codes
 
 
 def _rescaled(

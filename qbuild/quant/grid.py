@@ -70,14 +70,14 @@ def fit(weight: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.Ten
     ``cost`` [in]: what an error in a column costs. With a zero point, its neighbours are tried too. Scales stay
     positive: a negative one would turn a symmetric grid to the side that needs it, but no loader was tried with one.
     """
-    parts = [_fit(grid.grouped(rows), grid.grouped(cost[None]), grid) for rows in weight.split(_rows(weight.shape[1]))]
+    parts = [_fit(grid.grouped(rows), grid.grouped(cost[None]), grid) for rows in weight.split(_rows(weight))]
     scales, zeros = zip(*parts, strict=True)
     return torch.cat(scales), torch.cat(zeros)
 
 
-def _rows(columns: int) -> int:
+def _rows(weight: torch.Tensor) -> int:
     """So many rows stay in a processor's cache while they are tried again and again."""
-    return max(1, CACHED // columns)
+    return max(1, CACHED // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
 
 
 def _fit(grouped: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 
 from qbuild.quant.codes import Codes, Solved
 from qbuild.quant.families import Group
-from qbuild.quant.gptq import gptq
+from qbuild.quant.gptq import columns_of, curvature, rounded, toward
 from qbuild.quant.grid import Grid, clipped, ends, quantize
 from qbuild.quant.scaling import Seen, fold, search
 
@@ -44,14 +44,14 @@ def solve(
     changed besides comes back in its dtype.
     """
     work = {name: tensor.float() for name, tensor in tensors.items()}
+    for name in (name for group in groups for name in group.linears):
+        known = seen(name)
+        if known is not None and known.drift is not None:
+            work[f"{name}.weight"] = toward(work[f"{name}.weight"], known.gram, known.drift, params.damping)
     scales = _scaled(work, seen, groups, params.grid, tensors) if params.scaled else {}
     codes: dict[str, Codes] = {}
-    for name in (name for group in groups for name in group.linears):
-        weight, known = work[f"{name}.weight"], seen(name)
-        gram = torch.eye(weight.shape[1], device=weight.device) if known is None else known.gram
-        if name in scales:
-            gram = gram / scales[name][:, None] / scales[name]
-        codes[name] = _rounded(weight, gram, name, params)
+    for group in groups:
+        codes |= _coded(group, work, seen, scales.get(group.linears[0]), params)
     plain = sorted(name for name in tensors if name.removesuffix(".weight") not in codes)
     changed = [name for name in plain if not torch.equal(work[name], tensors[name].float())]
     return Solved(codes, {name: work[name].to(tensors[name].dtype) for name in changed})
@@ -65,7 +65,7 @@ def _scaled(
     tensors: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Scale weights in ``work``; returns the scale of each linear's columns that has one."""
-    scales: dict[str, torch.Tensor] = {}
+    scales: dict[str, torch.Tensor] = {}  # the same of all linears of a group
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     for group in groups:
         known = [(work[f"{name}.weight"], found) for name in group.linears if (found := seen(name)) is not None]
@@ -78,10 +78,41 @@ def _scaled(
     return scales
 
 
-def _rounded(weight: torch.Tensor, gram: torch.Tensor, name: str, params: Params) -> Codes:
+def _coded(
+    group: Group,
+    work: Mapping[str, torch.Tensor],
+    seen: Callable[[str], Seen | None],
+    scale: torch.Tensor | None,
+    params: Params,
+) -> dict[str, Codes]:
+    """The linears of a group, whose columns were scaled by ``scale``. What their input's Gram matrix costs is paid once
+    for those that share it."""
+    codes: dict[str, Codes] = {}
+    of: Seen | None = None
+    how: Callable[[torch.Tensor, str], Codes] | None = None
+    for name in group.linears:
+        weight, known = work[f"{name}.weight"], seen(name)
+        if how is None or known is None or known is not of:
+            how, of = _way(weight, known, scale, params), known
+        codes[name] = how(weight, name)
+    return codes
+
+
+def _way(
+    weight: torch.Tensor, known: Seen | None, scale: torch.Tensor | None, params: Params
+) -> Callable[[torch.Tensor, str], Codes]:
+    """How linears of the input of ``weight`` are rounded: weight and name → codes."""
+    gram = torch.eye(weight.shape[1], device=weight.device) if known is None else known.gram
+    if scale is not None:
+        gram = gram / scale[:, None] / scale
     grid = params.grid
     if params.rounding == "gptq":
-        return gptq(weight, gram, grid, params.order, params.damping)
+        bent = curvature(gram, columns_of(grid, weight), params.order, params.damping)
+        return lambda one, _name: rounded(one, bent, grid)
+    return lambda one, name: _nearest(one, gram, name, grid)
+
+
+def _nearest(weight: torch.Tensor, gram: torch.Tensor, name: str, grid: Grid) -> Codes:
     grouped = grid.grouped(weight)
     plain = name.endswith(UNCLIPPED)
     scales, zeros = grid.at(*ends(grouped, grid)) if plain else clipped(weight, gram, grid)

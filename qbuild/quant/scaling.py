@@ -7,7 +7,8 @@ tr((W-Ŵ) G (W-Ŵ)ᵀ) with the Gram matrix G = XᵀX: the same number as over t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +25,12 @@ LEAST = 1e-4
 @dataclass(frozen=True)
 class Seen:
     """What is known of an input: ``gram`` float32 [in, in] over all tokens, ``magnitudes`` float32 [in], mean |x|, and
-    how many tokens there were."""
+    how many tokens there were; ``drift`` float32 [in, in] is Xᵀ(X' − X) where X' is what the source reads there."""
 
     gram: torch.Tensor
     magnitudes: torch.Tensor
     count: int
+    drift: torch.Tensor | None = None
 
 
 def gram_loss(difference: torch.Tensor, gram: torch.Tensor) -> float:
@@ -48,13 +50,25 @@ def search(weights: Sequence[torch.Tensor], seen: Sequence[Seen], group: Group, 
         pairs = zip(weights, seen, strict=True)
         return sum(gram_loss(w - nearest(w * scale, grid) / scale, one.gram) for w, one in pairs)
 
-    best, found = loss(1.0), None
-    for step in range(1, EXPONENTS):
-        scale = magnitudes.pow(step / EXPONENTS).clamp(min=LEAST)
-        scale = scale / (scale.max() * scale.min()).sqrt()
-        if (tried := loss(scale)) < best:
-            best, found = tried, scale
+    with _tensor_cores():
+        best, found = loss(1.0), None
+        for step in range(1, EXPONENTS):
+            scale = magnitudes.pow(step / EXPONENTS).clamp(min=LEAST)
+            scale = scale / (scale.max() * scale.min()).sqrt()
+            if (tried := loss(scale)) < best:
+                best, found = tried, scale
     return found
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Products of a device with mantissas of 10 bits: sums of many squares that are compared need no more."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _shared(magnitudes: torch.Tensor, group: Group) -> torch.Tensor:

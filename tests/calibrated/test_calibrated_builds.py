@@ -129,6 +129,28 @@ def test_a_new_head_changes_no_statistics(build: Build, model: Path) -> None:
     assert actions(build("target=awq/w4_g64")) == {"checkpoint.directory": 1}
 
 
+def test_error_propagation_is_a_chain_of_the_targets_own(build: Build, model: Path) -> None:
+    words = ["target=[gptq/w4_g64,ct/w4a16_g64]", "targets.gptq_w4_g64.propagate=true"]
+    both = build(*words, "targets.ct_w4a16_g64.propagate=true")
+    propagated = {"calibration.tokens": 1, "quant.propagated": 3}  # both layouts hold the same codes
+    assert actions(both) == propagated | {"checkpoint.directory": 2}
+
+    plain = build("target=gptq/w4_g64", "targets.gptq_w4_g64.suffix=plain")
+    assert actions(plain) == {"calibration.statistics": 3, "quant.layer": 3, "checkpoint.directory": 1}
+    assert plain["targets"]["gptq_w4_g64"]["digest"] != both["targets"]["gptq_w4_g64"]["digest"]
+
+    _change(model / "model.safetensors", "model.layers.2.mlp.up_proj.weight")
+    assert actions(build("target=gptq/w4_g64", words[1])) == {"quant.propagated": 1, "checkpoint.directory": 1}
+
+
+def test_error_propagation_is_planned_with_its_memory(attempt: Callable[..., Done]) -> None:
+    words = ["plan", "target=gptq/w4_g64", "targets.gptq_w4_g64.propagate=true"]
+    steps = {step["kind"]: step for step in attempt(*words).document["steps"]}
+    assert set(steps) == {"calibration.tokens", "quant.propagated", "checkpoint.directory"}
+    assert steps["quant.propagated"]["count"] == 3
+    refused(attempt(*words, "budget.ram=300MiB"), 3, "error propagation", "budget.ram=")
+
+
 def test_all_again_computes_everything_once(build: Build) -> None:
     first = build("target=[awq/w4_g64,gguf/q2_k_s]", "targets.q2_k_s.imatrix=auto")
     again = build("-B", "target=[awq/w4_g64,gguf/q2_k_s]", "targets.q2_k_s.imatrix=auto")

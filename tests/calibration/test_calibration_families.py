@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from qbuild.calibration.forward import Streamed
 from qbuild.calibration.run import Pass, calibrate
-from qbuild.calibration.statistics import Statistics
+from qbuild.calibration.statistics import Statistics, notices
+from qbuild.calibration.triangle import square
 from qbuild.errors import InputError
 
 LENGTH = 24
@@ -144,7 +145,8 @@ def test_experts_are_measured_on_the_tokens_routed_to_them(
             found = statistics.of(min(linears))
             assert found.count == len(X)
             assert set(found.shared) == linears
-            torch.testing.assert_close(torch.from_numpy(found.gram).double(), X.T @ X, rtol=1e-4, atol=1e-4)
+            gram = square(torch.from_numpy(found.upper), X.shape[1])
+            torch.testing.assert_close(gram.double(), X.T @ X, rtol=1e-4, atol=1e-4)
 
 
 def test_starved_experts_are_told(tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_starved_experts_are_told(tmp_path: Path) -> None:
     tokens = np.full((1, 4), 7, np.int32)  # one token over and over goes to two experts of six
     first = statistics_of(tmp_path, tokens)[0]
     assert len(first.unreached) == 12
-    assert first.notices() == (
+    assert notices(0, first.inputs, first.unreached) == (
         "layer 0: 22 of 22 linears saw fewer than 128 tokens, 12 of them none; more samples reach more experts",
     )
 

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from qbuild.calibration.collect import Collector
 from qbuild.calibration.forward import Streamed
 from qbuild.calibration.run import Pass, calibrate
-from qbuild.calibration.statistics import Statistics
+from qbuild.calibration.statistics import Input, Statistics
+from qbuild.calibration.triangle import square
 from qbuild.errors import InputError
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
@@ -70,6 +71,12 @@ def saved(task: Pass, read: Callable[[str], torch.Tensor]) -> dict[int, bytearra
     return found
 
 
+def whole(found: Input) -> np.ndarray:
+    """The Gram matrix [n, n]."""
+    assert found.upper is not None
+    return square(torch.from_numpy(found.upper), len(found.diagonal)).numpy()
+
+
 def test_logits_are_those_of_the_whole_model(tensors: Tensors, model: torch.nn.Module, tokens: np.ndarray) -> None:
     ids = torch.from_numpy(tokens.astype(np.int64))
     streamed = Streamed(CONFIG, tensors, tensors.read)
@@ -115,11 +122,11 @@ def test_a_gram_matrix_is_that_of_the_recorded_activations(
             for linear in found.shared:
                 X = torch.cat(seen[linear]).numpy()
                 G = X.T @ X
-                assert found.gram is not None
+                gram = whole(found)
                 assert found.count == len(X) == tokens.size
-                assert np.abs(found.gram - G).max() <= 1e-5 * np.abs(G).max()
-                assert np.array_equal(found.gram.diagonal(), found.diagonal)
-                assert np.array_equal(found.gram, found.gram.T)
+                assert np.abs(gram - G).max() <= 1e-5 * np.abs(G).max()
+                assert np.array_equal(gram.diagonal(), found.diagonal)
+                assert np.array_equal(gram, gram.T)
                 np.testing.assert_allclose(found.diagonal, G.diagonal(), rtol=1e-5)
                 np.testing.assert_allclose(found.mean_abs, np.abs(X).mean(0), rtol=1e-5)
 
@@ -145,7 +152,7 @@ def test_any_number_of_threads_gives_the_same_bytes(task: Pass, tensors: Tensors
 def test_a_pass_cut_off_goes_on_with_the_same_bytes(
     task: Pass, tensors: Tensors, spill: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qbuild.calibration.run.KEEP_EVERY", 0.0)
+    monkeypatch.setattr("qbuild.calibration.states.KEEP_EVERY", 0.0)
     task = replace(task, spill=spill)
     whole = saved(replace(task, states=task.states / "whole"), tensors.read)
     cut: dict[int, bytearray] = {}
@@ -174,7 +181,7 @@ def test_a_diagonal_alone_is_the_same_diagonal(task: Pass, tensors: Tensors, tmp
     full = Statistics.from_bytes(saved(replace(task, last=0), tensors.read)[0])
     alone = Statistics.from_bytes(saved(replace(task, last=0, gram=False, states=tmp_path / "o"), tensors.read)[0])
     for one, other in zip(full.inputs, alone.inputs, strict=True):
-        assert other.gram is None
+        assert other.upper is None
         assert one.diagonal.tobytes() == other.diagonal.tobytes()
         assert one.mean_abs.tobytes() == other.mean_abs.tobytes()
 

@@ -131,10 +131,12 @@ def test_the_files_of_a_model_folder_and_the_shards_of_a_split_gguf_are_watched(
 
 
 def test_the_recorded_document_says_that_nothing_ran() -> None:
-    target = {"verdicts": {"run": 20, "hit": 9}, "seconds": 3.0, "peak_ram": 7, "predicted_ram": 8, "digest": "d/1"}
+    needs = {"peak_ram": 7, "predicted_ram": 8, "peak_vram": 5, "predicted_vram": 6}
+    target = {"verdicts": {"run": 20, "hit": 9}, "seconds": 3.0, "digest": "d/1"} | needs
     document = {"targets": {"a": target}, "totals": {"computed": 20, "seconds": {"read": 1.0}}, "jobs": [1]}
     null = nullbuild.as_null(document)
-    assert null["targets"]["a"] == target | {"verdicts": {"hit": 29}, "seconds": 0.0, "peak_ram": 0, "predicted_ram": 0}
+    idle = {"verdicts": {"hit": 29}, "seconds": 0.0} | dict.fromkeys(needs, 0)
+    assert null["targets"]["a"] == target | idle
     assert null["totals"] == {"computed": 0, "seconds": {}}
     assert null["jobs"] == []
 

@@ -1,0 +1,42 @@
+"""The memory of a CUDA device in a worker: what it may take, and what it took at most."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from qbuild import machine
+
+__all__ = ["CONTEXT", "Hold", "hold", "ran_out"]
+
+CONTEXT = 560 << 20  # of a process that uses a device, before it allocates anything
+
+
+@dataclass(frozen=True)
+class Hold:
+    """``context``: bytes of the device that this process took before it allocated anything."""
+
+    context: int
+
+    def peak(self) -> int:
+        """Bytes taken at most: tensors, and the context."""
+        import torch
+
+        return int(torch.cuda.max_memory_allocated()) + self.context
+
+
+def hold(limit: int) -> Hold:
+    """From now on this process takes at most ``limit`` bytes of the first device, its context with them: what goes over
+    is torch.OutOfMemoryError."""
+    import torch
+
+    before = machine.gpus()[0].free
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - CONTEXT) / total))
+    return Hold(max(0, before - free))
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is torch's for a device without memory left. torch is not loaded for it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

@@ -1,0 +1,74 @@
+"""The memory of a CUDA device: predicted by plans, refused with remedies, told when a worker goes over. No GPU here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+
+from qbuild import machine, vram, worker
+from qbuild.machine import Gpu
+
+GIB = 1 << 30
+WORDS = ["plan", "model=llama7b", "target=[awq/w4_g128,gptq/w4_g128]", "format=json", "budget.ram=64GiB"]
+WORDS += ["budget.disk=1TB", "calibration.samples=64"]
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: (Gpu("NVIDIA H100", 80 * GIB, 79 * GIB),))
+
+
+def test_a_plan_for_a_gpu_predicts_its_memory(qbuild: Run) -> None:
+    planned = qbuild(*WORDS, "device=cuda").document
+    steps = {step["kind"]: step["vram"] for step in planned["steps"]}
+    # measured on an H100: 2664 MiB for 64 windows through a layer, 5298 MiB to solve it, beside the context
+    for kind, measured in (("calibration.statistics", 2664), ("quant.layer", 5298)):
+        assert 1 <= (steps[kind] - vram.CONTEXT) / (measured << 20) <= 1.15
+    assert planned["predicted"]["vram"] == steps["quant.layer"]
+    assert steps["checkpoint.directory"] == 0
+    assert planned["budget"]["vram"] == int(79 * GIB * 0.9)
+
+
+def test_calibration_on_the_cpu_takes_no_device_memory(qbuild: Run) -> None:
+    planned = qbuild(*WORDS, "device=auto", "budget.vram=1MiB").document
+    assert planned["predicted"]["vram"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "who", "remedies"),
+    [
+        (["budget.vram=3GiB"], "calibration", ["calibration.length=256", "calibration.dtype=bfloat16", "device=cpu"]),
+        (["budget.vram=5GiB"], "quantizing 64 layers", ["budget.vram=", "device=cpu"]),
+        (
+            ["budget.vram=5GiB", "targets.awq_w4_g128.propagate=true", "targets.gptq_w4_g128.propagate=true"],
+            "error propagation",
+            ["budget.vram=", "device=cpu"],
+        ),
+    ],
+)
+def test_what_cannot_fit_a_gpu_is_refused_with_what_helps(
+    qbuild: Run, words: list[str], who: str, remedies: list[str]
+) -> None:
+    done = qbuild(*WORDS, "device=cuda", *words)
+    assert done.code == 3
+    assert who in done.error["fact"]
+    assert "of VRAM" in done.error["fact"]
+    assert not [remedy for remedy in remedies if remedy not in done.error["remedy"]]
+
+
+def test_the_least_that_a_refusal_names_is_enough(qbuild: Run) -> None:
+    refused = qbuild(*WORDS, "device=cuda", "budget.vram=5GiB")
+    (least,) = (word for word in refused.error["remedy"].split() if word.startswith("budget.vram="))
+    assert qbuild(*WORDS, "device=cuda", least).code == 0
+
+
+def test_a_worker_over_its_device_budget_says_what_was_predicted_and_what_helps() -> None:
+    assert vram.ran_out(torch.OutOfMemoryError())
+    assert not vram.ran_out(RuntimeError())
+    job = worker.Job("quant.layer", "quantizing", None, Path(), 0, 0, vram=2 * GIB, vram_limit=3 * GIB)
+    error = worker._over_budget(job, 3 * GIB)
+    assert "VRAM budget of 3.0 GiB (predicted peak 2.0 GiB, observed 3.0 GiB)" in error.fact
+    assert "device=cpu" in error.remedy
