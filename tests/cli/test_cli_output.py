@@ -30,6 +30,12 @@ def planned(*targets: dict[str, Any]) -> dict[str, Any]:
         "budget": {"ram": 16 << 30, "vram": 0, "disk": 80 << 30, "threads": 8},
         "predicted": {"ram": 400 << 20, "vram": 0, "disk": 4 << 30, "read_bytes": 12 << 30, "seconds": 58.0},
         "strategy": {"chunk_bytes": 1 << 23, "threads": 8},
+        "steps": [
+            {
+                "kind": "quant.backend",
+                "notes": ["autoawq 0.2.9 runs in an environment of its own: 70 packages, " + "x" * 40],
+            }
+        ],
         "targets": {t["name"]: t for t in targets},
     }
 
