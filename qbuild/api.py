@@ -40,12 +40,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TargetResult:
-    """One output, as in ``build.json``. ``peak_…`` and ``predicted_…`` are bytes, 0 where nothing had to run.
+    """One output, as in ``build.json``. ``path`` is what a loader is given, ``files`` are all of it. ``peak_…`` and
+    ``predicted_…`` are bytes, 0 where nothing had to run.
 
     ``calibration``: the text it was calibrated on and the digest of its tokens; None where it was not.
     """
 
     path: Path
+    files: tuple[Path, ...]
     digest: str
     bytes: int
     bits_per_weight: float
@@ -88,5 +90,6 @@ def build(config: schema.Config | Mapping[str, Any], *, quiet: bool = False) -> 
     targets = {}
     for name, made in document["targets"].items():
         found = Evaluation(**measured[name]) if name in measured else None
-        targets[name] = TargetResult(**(made | {"path": Path(made["path"]), "evaluation": found}))
+        paths = {"path": Path(made["path"]), "files": tuple(map(Path, made["files"]))}
+        targets[name] = TargetResult(**(made | paths | {"evaluation": found}))
     return Result(targets, document)

@@ -15,7 +15,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -30,6 +30,7 @@ __all__ = [
     "Reader",
     "SourceFile",
     "SourceTensor",
+    "gguf_parts",
     "open_gguf",
     "open_path",
     "package_file",
@@ -346,13 +347,19 @@ def _unreadable(place: str, name: str, dtype: str) -> InputError:
 
 
 def open_gguf(path: Path, source: str) -> Checkpoint:
+    """A GGUF file, with the other shards where it is one of several."""
     first = read_header(path)
-    paths = _split_paths(path, first)
+    return gguf_parts(_split_paths(path, first), source, {path: first})
+
+
+def gguf_parts(paths: Sequence[Path], source: str, known: Mapping[Path, GgufHeader] | None = None) -> Checkpoint:
+    """A GGUF file out of its shards, whatever their names are; the first has the key-value pairs. ``known``: headers
+    that were read already."""
     files: list[SourceFile] = []
     tensors: dict[str, SourceTensor] = {}
-    kvs = first.kvs
+    kvs: tuple[KV, ...] = ()
     for number, part in enumerate(paths):
-        header = first if part == path else read_header(part)
+        header = (known or {}).get(part) or read_header(part)
         kvs = header.kvs if number == 0 else kvs
         files.append(SourceFile(part, part.stat().st_size))
         for t in header.tensors:
@@ -362,7 +369,7 @@ def open_gguf(path: Path, source: str) -> Checkpoint:
             tensors[t.name] = SourceTensor(t.name, t.type, t.shape, number, header.data_offset + t.offset, t.nbytes)
     # How this file was cut and aligned says nothing about the files made from it.
     kept = tuple(kv for kv in kvs if not kv.key.startswith("split.") and kv.key != "general.alignment")
-    return Checkpoint("gguf", source, path.parent, tuple(files), tensors, {}, kept)
+    return Checkpoint("gguf", source, paths[0].parent, tuple(files), tensors, {}, kept)
 
 
 def _split_paths(path: Path, header: GgufHeader) -> list[Path]:

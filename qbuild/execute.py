@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from qbuild.calibrated import CalibratedTarget
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, StoreError
 from qbuild.graph import Source
-from qbuild.lower import Wanted, header, kernels_of, layout, pass_task, predict_ram
+from qbuild.lower import headed, kernels_of, pass_task, predict_ram
 from qbuild.manifest import action_key
 from qbuild.measured import measure
 from qbuild.plan import Judge, Plan
@@ -130,34 +130,41 @@ class _Build:
 
     def _serve(self, target: plan.TargetPlan) -> None:
         """Put a stored file in its place."""
-        digest = target.verdict.outputs[0]
         made = next(t for t in self.resolved.targets if t.name == target.name)
-        if isinstance(made, CalibratedTarget) and made.directory is not None:
-            self._place(target.path, digest, target.name)
-        else:
-            self._link(target.path, digest, target.name)
+        files = self._deliver(made, target.verdict.outputs)
         counts, seconds = {"hit": sum(target.verdicts.values())}, 0.0
         if self.stage and made.action in self.stage.computed:
             ran = sum(action in self.stage.computed for action in made.tensors)
             counts, seconds = {"run": ran, "hit": counts["hit"] - ran}, sum(self.stage.seconds.values())
-        self.results[target.name] = self._result(target.name, digest, counts, seconds)
+        self.results[target.name] = self._result(made, target.verdict.outputs, files, counts, seconds)
 
-    def _link(self, path: Path, digest: Digest, name: str) -> None:
-        self.store.link_out(digest, path, self.resolved.config.store.link, target=name)
+    def _deliver(self, made: FileTarget | CalibratedTarget, outputs: tuple[Digest, ...]) -> list[Path]:
+        """Put the files of a target in their places; where there are several, the first output lists them."""
+        out = self.plan.out
+        if isinstance(made, CalibratedTarget) and made.directory is not None:
+            found = {out / made.file_name / inside: digest for inside, digest in self._listed(made, outputs).items()}
+            self._clear(out / made.file_name, found)
+        elif isinstance(made, FileTarget) and made.shards:
+            found = {out / name: digest for name, digest in self._listed(made, outputs).items()}
+        else:
+            found = {out / made.file_name: outputs[0]}
+        for path, digest in found.items():
+            self.store.link_out(digest, path, self.resolved.config.store.link, target=made.name)
+        return list(found)
 
-    def _place(self, folder: Path, tree: Digest, name: str) -> None:
-        """Put the files of a directory in their places. What an earlier build put there and this one has not goes: a
-        loader would prefer an old model.safetensors to new shards."""
-        blob = self.store.read_bytes(tree)
+    def _listed(self, made: FileTarget | CalibratedTarget, outputs: tuple[Digest, ...]) -> dict[str, Digest]:
+        blob = self.store.read_bytes(outputs[0])
         if blob is None:
-            raise StoreError(str(self.store.root), f"the list of files of {name} is damaged", "run again")
-        found = directory.files(blob)
+            raise StoreError(str(self.store.root), f"the list of files of {made.name} is damaged", "run again")
+        return directory.files(blob)
+
+    def _clear(self, folder: Path, found: Collection[Path]) -> None:
+        """What an earlier build put into a folder and this one has not goes: a loader would prefer an old
+        model.safetensors to new shards."""
         for row in self.store.outputs():
-            stale = row.path.parent == folder and row.path.name not in found
+            stale = row.path.parent == folder and row.path not in found
             if stale and self.store.output_current(row.path, row.digest):
                 row.path.unlink(missing_ok=True)
-        for inside, digest in found.items():
-            self._link(folder / inside, digest, name)
 
     def _metadata(self) -> None:
         if self.resolved.checkpoint.kind == "gguf" or self.judge.verdicts["metadata"].outputs:
@@ -192,10 +199,9 @@ class _Build:
             self.judge.verdicts["metadata"] = metadata_verdict
         for target in list(todo):
             verdict = self.judge.verdicts[target.action]
-            if verdict.state == "hit" and self.store.check_blob(verdict.outputs[0]):
-                self._link(self.plan.out / target.file_name, verdict.outputs[0], target.name)
-                counts = {"hit": len(target.tensors)}
-                self.results[target.name] = self._result(target.name, verdict.outputs[0], counts, 0.0)
+            if verdict.state == "hit" and all(map(self.store.check_blob, verdict.outputs)):
+                files, counts = self._deliver(target, verdict.outputs), {"hit": len(target.tensors)}
+                self.results[target.name] = self._result(target, verdict.outputs, files, counts, 0.0)
                 todo = [t for t in todo if t is not target]
         return todo
 
@@ -208,10 +214,7 @@ class _Build:
             warm.note(task)
 
     def _pass(self, todo: list[FileTarget]) -> None:
-        wanted = []
-        for target in todo:
-            kvs = self.judge.kvs(target) or []
-            wanted.append(Wanted(target, layout(target, sum(len(kv.raw) for kv in kvs)), header(target, kvs)))
+        wanted = [item for target in todo for item in headed(target, self.judge.kvs(target) or [])]
         actions = [self.resolved.graph.actions[a] for t in todo for a in t.tensors]
         sources = {i for a in actions for _, i in a.inputs if isinstance(i, Source)}
         known = {s: d for s in sources if (d := self.judge.digest(s)) is not None}
@@ -238,26 +241,40 @@ class _Build:
         judge.learn(self.judge.learned | tally.sources)
         judge.all()
         self.judge = judge
-        for made in files:
-            verdict = judge.verdicts[f"file:{made.target}"]
-            if verdict.key is None:
-                raise RuntimeError(f"BUG: {made.target} was made but its key is unknown: {verdict.why}")
-            kvs = judge.verdicts["metadata"].outputs if "metadata" in judge.verdicts else ()
-            self.cache.put(verdict.key, ActionResult(file.KIND, (made.digest,), done.seconds, done.peak, inputs=kvs))
-            target = next(t for t in self.plan.targets if t.name == made.target)
-            self._link(target.path, made.digest, made.target)
-            counts = {"hit": made.reused, "run": made.computed}
-            self.results[made.target] = self._result(made.target, made.digest, counts, done.seconds)
+        for target in self.resolved.files:
+            parts = [part for part in files if part.target == target.name]
+            if parts:
+                self._made(target, parts, done)
 
-    def _result(self, name: str, digest: Digest, counts: dict[str, int], seconds: float) -> dict[str, Any]:
-        target = next(t for t in self.plan.targets if t.name == name)
+    def _made(self, target: FileTarget, parts: list[stream.FileResult], done: worker.Done) -> None:
+        """Keep the result of a target whose files a pass has made, and deliver them."""
+        verdict = self.judge.verdicts[target.action]
+        if verdict.key is None:
+            raise RuntimeError(f"BUG: {target.name} was made but its key is unknown: {verdict.why}")
+        outputs = tuple(part.digest for part in parts)
+        inputs = self.judge.verdicts["metadata"].outputs if "metadata" in self.judge.verdicts else ()
+        if target.shards:
+            listed = self.store.put_bytes(directory.tree(dict(zip(target.file_names, outputs, strict=True))))
+            outputs, inputs = (listed, *outputs), (*inputs, listed)  # an input: gc keeps the list with the shards
+        self.cache.put(verdict.key, ActionResult(file.KIND, outputs, done.seconds, done.peak, inputs=inputs))
+        counts = {"hit": sum(part.reused for part in parts), "run": sum(part.computed for part in parts)}
+        self.results[target.name] = self._result(target, outputs, self._deliver(target, outputs), counts, done.seconds)
+
+    def _result(
+        self,
+        made: FileTarget | CalibratedTarget,
+        outputs: tuple[Digest, ...],
+        files: list[Path],
+        counts: dict[str, int],
+        seconds: float,
+    ) -> dict[str, Any]:
+        target = next(t for t in self.plan.targets if t.name == made.name)
         ran = counts.get("run", 0) > 0
-        made = next(t for t in self.resolved.targets if t.name == name)
-        folder = isinstance(made, CalibratedTarget) and made.directory is not None
-        nbytes = target.bytes if folder else digest.size  # of a folder the digest is that of its list of files
+        nbytes = sum(d.size for d in outputs[1:]) or outputs[0].size  # of several files the first is their list
         return {
             "path": str(target.path),
-            "digest": str(digest),
+            "files": [str(path) for path in files],
+            "digest": str(outputs[0]),
             "bytes": nbytes,
             "bits_per_weight": round(8 * nbytes / target.weights, 4),
             "verdicts": {k: v for k, v in counts.items() if v},
@@ -266,7 +283,7 @@ class _Build:
             "predicted_ram": self.predicted.ram if ran else 0,
             "peak_vram": self.jobs.peak_vram if ran else 0,
             "predicted_vram": self.predicted.vram if ran else 0,
-            "calibration": self._calibration(name),
+            "calibration": self._calibration(made.name),
         }
 
     def _calibration(self, name: str) -> dict[str, Any] | None:

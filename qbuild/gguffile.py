@@ -95,6 +95,13 @@ def decode_kv(kv: KV) -> Any:
     return cursor.value()
 
 
+def value_type(kv: KV) -> GGUFType:
+    """What kind of value an entry holds."""
+    cursor = _Cursor(kv.raw, kv.key)
+    cursor.string()
+    return cursor.kind()
+
+
 class _Short(Exception):
     """More of the file is needed: at least up to byte ``end``."""
 
@@ -204,6 +211,35 @@ def layout(tensors: Sequence[Named]) -> tuple[list[int], int]:
         offsets.append(at)
         at += _padded(prod(shape[:-1]) * QTYPES[type_].row_bytes(shape[-1]))
     return offsets, at
+
+
+def shards(tensors: Sequence[Named], limit: int) -> list[int]:
+    """How many tensors each file has where none is to hold more than ``limit`` bytes of them, as llama-gguf-split
+    --split-max-size cuts: in order, and a tensor larger than that in a file of its own. A first one of zero tensors is
+    where it stops."""
+    counts, at = [0], 0
+    for tensor in tensors:
+        nbytes = layout([tensor])[1]
+        if at + nbytes > limit:
+            counts.append(0)
+            at = 0
+        at += nbytes
+        counts[-1] += 1
+    return counts
+
+
+def split_kvs(number: int, count: int, tensors: int) -> list[KV]:
+    """What tells that a file is shard ``number`` (from 0) of ``count`` with so many tensors in all of them."""
+    return [
+        encode_kv("split.no", number, GGUFType.UINT16),
+        encode_kv("split.tensors.count", tensors, GGUFType.INT32),
+        encode_kv("split.count", count, GGUFType.UINT16),
+    ]
+
+
+def split_name(stem: str, number: int, count: int) -> str:
+    """The usual name of shard ``number`` (from 0)."""
+    return f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
 
 
 def header(kvs: Sequence[KV], tensors: Sequence[Named]) -> bytes:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from qbuild.errors import InputError
+from qbuild.errors import ConfigError, InputError
 from qbuild.gguffile import GgufHeader, GGUFType, decode_kv, encode_kv, header, layout, read_header
 
-__all__ = ["Imatrix", "dump", "load"]
+__all__ = ["Imatrix", "counts", "dump", "load"]
 
 MAX_DAT = 1 << 30
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -42,6 +42,20 @@ class Imatrix:
             fact = f"{self.file} has {found.size} values for {name}, which has {matrices * cols} columns"
             raise InputError(place, fact, "make an importance matrix of this very model: llama-imatrix")
         return found.reshape(matrices, cols)
+
+    def chosen(self, include: Sequence[str], exclude: Sequence[str], place: str) -> Imatrix:
+        """With the entries that ``counts`` lets through alone."""
+        entries = {name: values for name, values in self.entries.items() if counts(name, include, exclude)}
+        if not entries:
+            fact = f"none of the {len(self.entries)} entries of {self.file} is left"
+            raise ConfigError(place, fact, f"its names are like {next(iter(self.entries))}")
+        return replace(self, entries=entries)
+
+
+def counts(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether a weight's entry is used: its name has a part that is included (all, where none is named), and none that
+    is excluded."""
+    return (not include or any(part in name for part in include)) and not any(part in name for part in exclude)
 
 
 def load(file: str) -> Imatrix:

@@ -6,12 +6,12 @@ Chunk size and threads are strategy: they change the footprint and the time, nev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qbuild import gguffile
 from qbuild.actions import stream, warm
 from qbuild.budget import Budget, Remedy, refuse
-from qbuild.digest import Digest
+from qbuild.digest import Digest, digest_bytes
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Source
 from qbuild.recipe import FileTarget, Resolved
@@ -37,25 +37,47 @@ class Layout:
     size: int
 
 
-def layout(target: FileTarget, kv_bytes: int) -> Layout:
-    """The layout of a file whose key-value pairs take ``kv_bytes``."""
-    tensors = [(spec.name, spec.shape, type_) for spec, type_ in target.choices]
-    start = gguffile.header_size(kv_bytes, tensors)
-    offsets, size = gguffile.layout(tensors)
-    return Layout(tuple(start + offset for offset in offsets), start + size)
-
-
-def header(target: FileTarget, kvs: list[KV]) -> bytes:
-    return gguffile.header(kvs, [(spec.name, spec.shape, type_) for spec, type_ in target.choices])
-
-
 @dataclass(frozen=True)
 class Wanted:
-    """A file that a pass will make: its header is empty while only its size is asked for."""
+    """A file that a pass will make: shard ``number`` of a target, with its tensors from ``first`` on. Its header is
+    empty while only its size is asked for."""
 
     target: FileTarget
+    number: int
+    first: int
     layout: Layout
     header: bytes = b""
+
+    @property
+    def tensors(self) -> slice:
+        return slice(self.first, self.first + len(self.layout.offsets))
+
+
+def outputs(target: FileTarget, kv_bytes: int) -> list[Wanted]:
+    """The files of a target whose key-value pairs take ``kv_bytes``: the first has them, each tells which it is."""
+    found, first = [], 0
+    counts = target.shards or (len(target.named),)
+    for number, count in enumerate(counts):
+        tensors = target.named[first : first + count]
+        pairs = sum(len(kv.raw) for kv in _own_kvs(target, number)) + (kv_bytes if number == 0 else 0)
+        start = gguffile.header_size(pairs, tensors)
+        offsets, size = gguffile.layout(tensors)
+        found.append(Wanted(target, number, first, Layout(tuple(start + at for at in offsets), start + size)))
+        first += count
+    return found
+
+
+def _own_kvs(target: FileTarget, number: int) -> list[KV]:
+    return gguffile.split_kvs(number, len(target.shards), len(target.named)) if target.shards else []
+
+
+def headed(target: FileTarget, kvs: list[KV]) -> list[Wanted]:
+    """The files of a target, ready to be made."""
+    found = []
+    for item in outputs(target, sum(len(kv.raw) for kv in kvs)):
+        pairs = [*(kvs if item.number == 0 else []), *_own_kvs(target, item.number)]
+        found.append(replace(item, header=gguffile.header(pairs, target.named[item.tensors])))
+    return found
 
 
 def pass_task(
@@ -68,14 +90,23 @@ def pass_task(
     places: dict[str, list[tuple[int, int]]] = {}
     tensors: dict[str, set[str]] = {}  # tensor name -> its actions, one per type
     for index, item in enumerate(wanted):
-        choices = zip(item.target.choices, item.target.tensors, item.layout.offsets, strict=True)
+        target, tensors_ = item.target, item.tensors
+        choices = zip(target.choices[tensors_], target.tensors[tensors_], item.layout.offsets, strict=True)
         for (spec, _), action, offset in choices:
             places.setdefault(action, []).append((index, offset))
             tensors.setdefault(spec.name, set()).add(action)
     tasks = tuple(_tensor_task(resolved, name, sorted(a), places, known) for name, a in tensors.items())
-    outputs = tuple(stream.OutputTask(w.target.name, w.header, w.layout.offsets[0], w.layout.size) for w in wanted)
+    files = tuple(
+        stream.OutputTask(w.target.name, _partial(w), w.header, w.layout.offsets[0], w.layout.size) for w in wanted
+    )
     rebuild = resolved.config.rebuild
-    return stream.PassTask(resolved.checkpoint.files, tasks, outputs, strategy.chunk_bytes, strategy.threads, rebuild)
+    return stream.PassTask(resolved.checkpoint.files, tasks, files, strategy.chunk_bytes, strategy.threads, rebuild)
+
+
+def _partial(item: Wanted) -> str:
+    """Names a file while it is written, the same in every run. A header does not tell all that its tensors are made of:
+    with different parts of an importance matrix it can be the same."""
+    return digest_bytes(repr((item.number, item.target.tensors)).encode() + item.header).hash
 
 
 def _tensor_task(
@@ -137,6 +168,6 @@ def choose_strategy(resolved: Resolved, wanted: list[Wanted], budget: Budget, be
             least = parent + max(predict_ram(task), before)
             if least <= budget.ram:
                 return Strategy(chunk, threads), least
-    names = ", ".join(f"'{w.target.name}'" for w in wanted)
+    names = ", ".join(f"'{name}'" for name in dict.fromkeys(w.target.name for w in wanted))
     override = f"budget.ram={-(-least // (1 << 20))}MiB"
     raise refuse(f"gguf pass {names}", "RAM", least, budget.ram, [Remedy("the least it runs in", least, override)])

@@ -8,6 +8,7 @@ from typing import Any
 from qbuild.actions import directory, evaluation
 from qbuild.calibrated import CalibratedTarget
 from qbuild.plan import Plan
+from qbuild.recipe import FileTarget
 from qbuild.running import Jobs
 from qbuild.store import Store
 
@@ -59,10 +60,11 @@ def _key(made: Plan, action: str) -> str:
 
 def _target(made: Plan, name: str, action: str) -> evaluation.Target:
     target = next(t for t in made.resolved.targets if t.name == name)
-    digests, scheme = made.verdicts[target.action].outputs[:1], None
-    if isinstance(target, CalibratedTarget):
+    digests = made.verdicts[target.action].outputs[:1]
+    scheme = target.scheme if isinstance(target, CalibratedTarget) else None
+    if scheme is not None or (isinstance(target, FileTarget) and target.shards):
         files = directory.files(made.store.read_bytes(digests[0]) or b"{}")
-        digests, scheme = tuple(d for n, d in sorted(files.items()) if n.endswith(".safetensors")), target.scheme
+        digests = tuple(d for n, d in sorted(files.items()) if n.endswith((".safetensors", ".gguf")))
     specs = tuple(made.resolved.specs.values()) if scheme is None else ()
     scaled = getattr(made.resolved.config.targets[name], "scaled", False)
     return evaluation.Target(name, _key(made, action), digests, specs, scheme, scaled)

@@ -32,7 +32,7 @@ from qbuild.actions import (
     warm,
     weights,
 )
-from qbuild.arch.metadata import quantized_kvs
+from qbuild.arch.metadata import check_overrides, quantized_kvs
 from qbuild.budget import Budget, Footprint, Remedy, parse_size, refuse
 from qbuild.cache import ActionCache
 from qbuild.calibrated import CalibratedTarget
@@ -41,7 +41,7 @@ from qbuild.errors import InputError
 from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Source
-from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, Wanted, choose_strategy, kernels_of, layout, pass_task
+from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, choose_strategy, kernels_of, outputs, pass_task
 from qbuild.manifest import action_key, walk
 from qbuild.recipe import FileTarget, Resolved, resolve
 from qbuild.steps import Step, evaluations, steps
@@ -267,7 +267,8 @@ class Judge:
                 return None
             kvs = metadata.unpack(blob)
         params = self.resolved.graph.actions[target.action].params
-        return quantized_kvs(kvs, params.file_type, params.imatrix)
+        check_overrides(kvs, params.overrides, f"targets.{target.name}.override_kv")
+        return quantized_kvs(kvs, params.file_type, params.imatrix, params.overrides, params.blocks)
 
     def target_plan(self, target: FileTarget, size: int, exact: bool, out: Path) -> TargetPlan:
         types: dict[str, tuple[int, int]] = {}
@@ -334,15 +335,16 @@ def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) ->
     verdicts = judge.verdicts
     budget = resolve_budget(config, store.root, out)
     kv_bytes = [judge.kv_bytes(t) for t in resolved.files]
-    layouts = [layout(t, size) for t, (size, _) in zip(resolved.files, kv_bytes, strict=True)]
-    todo = [Wanted(t, at) for t, at in zip(resolved.files, layouts, strict=True) if verdicts[t.action].state != "hit"]
+    every = [outputs(t, size) for t, (size, _) in zip(resolved.files, kv_bytes, strict=True)]
+    todo = [item for files in every for item in files if verdicts[item.target.action].state != "hit"]
+    asked = [t for t in resolved.files if verdicts[t.action].state != "hit"]
     strategy, ram, read = Strategy(CHUNKS[0], budget.threads), 0, 0
     if todo:
-        strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before([w.target for w in todo]))
+        strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before(asked))
         read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}).tensors)
     files = {
-        t.name: judge.target_plan(t, at.size, exact, out)
-        for t, at, (_, exact) in zip(resolved.files, layouts, kv_bytes, strict=True)
+        t.name: judge.target_plan(t, sum(item.layout.size for item in made), exact, out)
+        for t, made, (_, exact) in zip(resolved.files, every, kv_bytes, strict=True)
     }
     calibrated = {t.name: judge.calibrated_plan(t, out) for t in resolved.targets if isinstance(t, CalibratedTarget)}
     targets = tuple((files | calibrated)[t.name] for t in resolved.targets)
@@ -352,7 +354,7 @@ def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) ->
     both = (*ahead, *after)
     disk = copies * written + sum(s.disk for s in both) + max((s.temporary for s in both), default=0)
     _check_disk(disk, budget, targets, copies)
-    seconds = judge.seconds([w.target for w in todo], read, written, strategy.threads) + sum(s.seconds for s in both)
+    seconds = judge.seconds(asked, read, written, strategy.threads) + sum(s.seconds for s in both)
     ram = max([ram, *(PARENT_RAM + step.ram for step in both)])
     footprint = Footprint(ram=ram, vram=max((s.vram for s in both), default=0), disk=disk)
     return Plan(resolved, store, budget, out, verdicts, targets, strategy, ahead, after, footprint, read, seconds)

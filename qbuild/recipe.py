@@ -5,7 +5,7 @@ A function of the configuration, the headers of the checkpoint and nothing else:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,33 +16,44 @@ from qbuild.actions import file, metadata, tensor
 from qbuild.arch import convert, mix
 from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.arch.shapes import expected_tensors
+from qbuild.budget import parse_size
 from qbuild.calibrated import CalibratedTarget, Calibration, Evaluation
 from qbuild.checkpoint import Checkpoint, shapes
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, InputError
-from qbuild.ggml import FILE_TYPES, QTYPES, FileType
+from qbuild.ggml import FILE_TYPES, QTYPES
+from qbuild.gguffile import Named, layout, shards, split_name
 from qbuild.graph import Action, Graph, Input, Output, Source
-from qbuild.imatrix import Imatrix
+from qbuild.imatrix import Imatrix, counts
 from qbuild.imatrix import load as load_imatrix
 from qbuild.source import open_source
 
 AUTO = "auto"  # the value of ``imatrix`` that asks for one made by calibration
-Choices = tuple[tuple[TensorSpec, str], ...]
+FIXED = ("general.architecture", "general.alignment")
+COUNTS = ("block_count", "attention.head_count", "attention.head_count_kv", "expert_count")  # decide types, too
+Choices = Sequence[tuple[TensorSpec, str]]
 
 __all__ = ["AUTO", "FileTarget", "Resolved", "calibrated", "calibrates", "model_name", "open_model", "resolve"]
 
 
 @dataclass(frozen=True)
 class FileTarget:
-    """One GGUF file: ``choices`` is every tensor with its type in file order, ``tensors`` the actions making them."""
+    """One GGUF file, or its shards. In its order: ``named`` is what its header lists, ``choices`` every tensor of the
+    model with its type, ``tensors`` the actions making them; ``shards`` says how many each of several files has."""
 
     name: str
-    file_name: str
-    file_type: FileType
+    file_names: tuple[str, ...]
+    named: tuple[Named, ...]
     choices: tuple[tuple[TensorSpec, str], ...]
     tensors: tuple[str, ...]
     action: str
+    shards: tuple[int, ...] = ()
     awaits: bool = False  # an importance matrix that calibration will make
+
+    @property
+    def file_name(self) -> str:
+        """What loaders are given: the file, or the first of its shards."""
+        return self.file_names[0]
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,10 @@ class _Builder:
         """The measuring of every model among the targets, where it is asked for."""
         if self.calibration is None or self.config.evaluation.source is None:
             return None
+        for name, target in self.config.targets.items():
+            if isinstance(target, schema.GgufTarget) and target.prune_layers:
+                fact = "a file with fewer layers than its source cannot be measured against it"
+                raise ConfigError(f"targets.{name}.prune_layers", fact, "make it in a build without evaluation.source")
         models = [t for t in targets if isinstance(t, FileTarget) or t.directory is not None]
         return self.calibration.evaluation({t.name: t.action for t in models})
 
@@ -191,23 +206,53 @@ class _Builder:
 
     def file_target(self, name: str, target: schema.GgufTarget) -> FileTarget:
         place = f"targets.{name}"
-        choices = tuple(mix.choose(self.specs, self.facts, _mix(target)))
-        matrix = self._imatrix(target.imatrix) if target.imatrix else None
+        self._check_overrides(target, place)
+        kept = mix.pruned(self.specs, target.prune_layers, f"{place}.prune_layers")
+        named = [replace(spec, name=new) for spec, new in kept]
+        types = [type_ for _, type_ in mix.choose(named, self.facts, _mix(target))]
+        choices = tuple((spec, type_) for (spec, _), type_ in zip(kept, types, strict=True))
+        matrix = self._imatrix(target, place) if target.imatrix else None
         if not isinstance(matrix, Output):
             _check_matrix(target, choices, matrix, place)
-        tensors = tuple(self.graph.add(self.tensor(spec, type_, place, matrix)) for spec, type_ in choices)
-        shapes_ = tuple((s.name, s.shape, t) for s, t in choices)
-        noted = _noted(matrix)
-        params = file.Params(FILE_TYPES[target.ftype].id, shapes_, noted)
-        named = ((spec.name, output) for (spec, _), output in zip(choices, tensors, strict=True))
-        made = self.graph.add(Action(f"file:{name}", file.KIND, params, (("kvs", self.kvs), *named)))
+        tensors = tuple(self.graph.add(self.tensor(spec, type_, target, place, matrix)) for spec, type_ in choices)
+        params = self._file_params(target, list(zip(named, types, strict=True)), matrix, place)
+        inputs = ((spec.name, output) for spec, output in zip(named, tensors, strict=True))
+        made = self.graph.add(Action(f"file:{name}", file.KIND, params, (("kvs", self.kvs), *inputs)))
         self.graph.targets[name] = made.action
-        file_name = f"{self.name}-{schema.label(target)}.gguf"
+        stem, count = f"{self.name}-{schema.label(target)}", len(params.shards)
+        names = tuple(split_name(stem, number, count) for number in range(count)) or (f"{stem}.gguf",)
         ids = tuple(output.action for output in tensors)
         awaits = isinstance(matrix, Output)
-        return FileTarget(name, file_name, FILE_TYPES[target.ftype], choices, ids, made.action, awaits)
+        return FileTarget(name, names, params.tensors, choices, ids, made.action, params.shards, awaits)
 
-    def _imatrix(self, path: str) -> Imatrix | Output:
+    def _file_params(
+        self, target: schema.GgufTarget, named: Choices, matrix: Imatrix | Output | None, place: str
+    ) -> file.Params:
+        tensors = tuple((spec.name, spec.shape, type_) for spec, type_ in named)
+        return file.Params(
+            FILE_TYPES[target.ftype].id,
+            tensors,
+            _noted(matrix),
+            tuple(target.override_kv.items()),
+            mix.layers(spec for spec, _ in named) if target.prune_layers else None,
+            _shards(target, tensors, place),
+        )
+
+    def _check_overrides(self, target: schema.GgufTarget, place: str) -> None:
+        """What describes the weights is not the user's to say: another number does not change them."""
+        for key in target.override_kv:
+            if key in FIXED or key.removeprefix(f"{self.facts.arch}.") in COUNTS or key.startswith("split."):
+                fact = "describes the weights, which stay as they are"
+                raise ConfigError(f"{place}.override_kv.{key}", fact, "leave it out")
+
+    def _imatrix(self, target: schema.GgufTarget, place: str) -> Imatrix | Output:
+        """The importance matrix that a target uses, or the action that will make it."""
+        found = self._read_imatrix(target.imatrix or "")
+        if isinstance(found, Output):
+            return found
+        return found.chosen(target.include_weights, target.exclude_weights, place)
+
+    def _read_imatrix(self, path: str) -> Imatrix | Output:
         """An importance matrix, read once however many targets use it; or the action that will make it."""
         if path == AUTO and self.matrix is None:
             if self.calibration is None:
@@ -221,13 +266,14 @@ class _Builder:
         return self.matrices[path]
 
     def _slice(
-        self, spec: TensorSpec, type_: str, place: str, matrix: Imatrix | Output | None
+        self, spec: TensorSpec, type_: str, target: schema.GgufTarget, place: str, matrix: Imatrix | Output | None
     ) -> Digest | Output | None:
         """The part of an importance matrix that weighs this tensor, by digest; its bytes are kept for the pass."""
         if matrix is None or type_ not in tensor.WEIGHED:
             return None
         if isinstance(matrix, Output):
-            return matrix if self.calibration and self.calibration.sees(spec) else None
+            used = counts(spec.name, target.include_weights, target.exclude_weights)
+            return matrix if used and self.calibration and self.calibration.sees(spec) else None
         matrices = spec.shape[0] if len(spec.shape) > 2 else 1
         values = matrix.values(spec.name, matrices, spec.shape[-1], place)
         if values is None:
@@ -237,7 +283,9 @@ class _Builder:
         self.slices[digest] = data
         return digest
 
-    def tensor(self, spec: TensorSpec, type_: str, place: str, matrix: Imatrix | Output | None) -> Action:
+    def tensor(
+        self, spec: TensorSpec, type_: str, target: schema.GgufTarget, place: str, matrix: Imatrix | Output | None
+    ) -> Action:
         """The action that makes one output tensor in one type."""
         cols = spec.shape[-1]
         inputs: list[tuple[str, Input]] = []
@@ -257,7 +305,7 @@ class _Builder:
         if type_ not in (dtype, "F32", "F16", "BF16") and type_ not in kernels.MODULES:
             raise ConfigError(place, f"{spec.name}: no quantizer for {type_} is built in", "choose another type")
         params = tensor.Params(type_, spec.stored, dtype, cols, spec.transform)
-        weights = self._slice(spec, type_, place, matrix)
+        weights = self._slice(spec, type_, target, place, matrix)
         if weights is None:
             return Action(f"{spec.name}:{type_}", tensor.KIND, params, tuple(inputs))
         inputs.append(("imatrix", weights))
@@ -285,6 +333,17 @@ def _check_matrix(target: schema.GgufTarget, choices: Choices, matrix: Imatrix |
     if lacking:
         fact = f"{target.imatrix} has no entry for {lacking}, which cannot be made without one"
         raise InputError(place, fact, "make an importance matrix of this very model: llama-imatrix")
+
+
+def _shards(target: schema.GgufTarget, tensors: Sequence[Named], place: str) -> tuple[int, ...]:
+    """How many tensors each shard has; empty for a file that stays whole."""
+    if target.max_shard_size is None:
+        return ()
+    counts = shards(tensors, parse_size(target.max_shard_size, f"{place}.max_shard_size"))
+    if not counts[0]:
+        fact = f"the first tensor, {tensors[0][0]}, is larger than {target.max_shard_size}"
+        raise ConfigError(f"{place}.max_shard_size", fact, f"at least {layout(tensors[:1])[1]} bytes")
+    return tuple(counts) if len(counts) > 1 else ()
 
 
 def _noted(matrix: Imatrix | Output | None) -> tuple[str, str | None, int, int] | None:

@@ -101,6 +101,38 @@ def _file_part(value: Any, place: str) -> None:
         raise ConfigError(place, f"{value!r} cannot be part of a file name", "leave out '/' and leading dots")
 
 
+def _layers(value: Any, place: str) -> None:
+    for layer in value:
+        if layer < 0:
+            raise ConfigError(place, f"{layer} is not the number of a layer", "they count from 0")
+
+
+def _texts(value: Any, place: str) -> None:
+    if "" in value:
+        raise ConfigError(place, "an empty text is part of every name", "a part of a tensor's name: ffn_down")
+
+
+def _override_kv(value: Any, place: str) -> None:
+    """The types that llama-quantize's --override-kv can write, told by how YAML reads the value."""
+    for key, item in value.items():
+        where = f"{place}.{key}"
+        if not isinstance(item, (bool, int, float, str)):
+            raise ConfigError(
+                where, f"{_shown(item)} cannot be written", "a whole number, a number, text, true or false"
+            )
+        if isinstance(item, int) and not 0 <= item < 1 << 32:
+            raise ConfigError(where, f"{item} does not fit", "whole numbers are written as UINT32: 0 to 4294967295")
+        if isinstance(item, float) and not abs(item) < FLOAT32:
+            raise ConfigError(where, f"{item} does not fit", "numbers are written as FLOAT32")
+        if max(len(key.encode()), len(item.encode()) if isinstance(item, str) else 0) > 127:
+            raise ConfigError(where, "is longer than 127 bytes", "llama-quantize takes no more of a key or a text")
+
+
+def _optional_size(value: Any, place: str) -> None:
+    if value is not None:
+        parse_size(value, place)
+
+
 def _tensor_types(value: Any, place: str) -> None:
     for pattern, type_ in value.items():
         where = f"{place}.{pattern}"
@@ -112,6 +144,7 @@ def _tensor_types(value: Any, place: str) -> None:
             raise ConfigError(where, f"{type_!r} is not a tensor type", close(str(type_), QTYPES))
 
 
+FLOAT32 = 3.4028235677973366e38  # numbers from here on are infinite there
 SIZE, COUNT = {"check": _size}, {"check": _count}
 TENSOR_TYPE = one_of(*QTYPES, what="a tensor type")
 NATIVE = "native"  # quantized by qbuild itself
@@ -151,6 +184,13 @@ class GgufTarget(Target):
     pure: bool = False
     leave_output: bool = False
     imatrix: str | None = None  # path of an importance matrix; auto: made by calibration
+    include_weights: tuple[str, ...] = field(default=(), metadata={"check": _texts})  # of the matrix: parts of names
+    exclude_weights: tuple[str, ...] = field(default=(), metadata={"check": _texts})
+    prune_layers: tuple[int, ...] = field(default=(), metadata={"check": _layers})
+    # Key: value. 8 is written as UINT32, 8.0 as FLOAT32, true as BOOL, "8" as STRING.
+    override_kv: dict[str, Any] = field(default_factory=dict, metadata={"check": _override_kv})
+    # A larger file is cut as by llama-gguf-split --split-max-size: bytes of tensors, without the header.
+    max_shard_size: str | int | None = field(default=None, metadata={"check": _optional_size})
 
 
 @dataclass(frozen=True)
@@ -337,7 +377,19 @@ def _target(name: str, data: Any) -> Target:
     format_ = data.get("format", "gguf")
     if format_ not in FORMATS:
         raise ConfigError(f"{place}.format", f"{format_!r} is not a target format", close(str(format_), FORMATS))
-    return _parse(FORMATS[format_], data, place)
+    target = _parse(FORMATS[format_], data, place)
+    if isinstance(target, GgufTarget):
+        _check_weights(target, place)
+    return target
+
+
+def _check_weights(target: GgufTarget, place: str) -> None:
+    """Entries of an importance matrix are chosen in one way, and only where there is one."""
+    if target.include_weights and target.exclude_weights:
+        raise ConfigError(place, "has both include_weights and exclude_weights", "leave one of them out")
+    given = next((name for name in ("include_weights", "exclude_weights") if getattr(target, name)), None)
+    if given and target.imatrix is None:
+        raise ConfigError(f"{place}.{given}", "there is no importance matrix to take from", f"{place}.imatrix=FILE")
 
 
 def _parse(cls: type[T], data: Any, place: str) -> T:
@@ -349,7 +401,7 @@ def _parse(cls: type[T], data: Any, place: str) -> T:
         where = f"{place}.{key}" if place else str(key)
         if key not in hints:
             raise ConfigError(where, "there is no such key", close(str(key), keys(cls)))
-        if value is None and typing.get_origin(hints[key]) is dict:
+        if value is None and typing.get_origin(hints[key]) in (dict, tuple):
             continue  # OmegaConf holds an empty mapping as null: one that is there could not be replaced
         values[key] = _value(value, hints[key], where)
         for check in [f.metadata["check"] for f in dataclasses.fields(cls) if f.name == key and "check" in f.metadata]:  # type: ignore[arg-type]
@@ -372,6 +424,8 @@ def _value(value: Any, hint: Any, place: str) -> Any:
         return _parse(typing.cast(type, hint), value, place)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(a) or a for a in allowed)
+    if plain == (tuple,) and isinstance(value, (list, tuple)):
+        return tuple(_value(item, typing.get_args(hint)[0], f"{place}[{n}]") for n, item in enumerate(value))
     if float in plain and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, plain) and (bool in plain or not isinstance(value, bool)):
@@ -380,8 +434,15 @@ def _value(value: Any, hint: Any, place: str) -> Any:
     raise ConfigError(place, f"is {_shown(value)}, which is not {names}", _EXAMPLES.get(plain[0], ""))
 
 
-_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
-_EXAMPLES = {bool: "write true or false", str: "quote it if it must be text"}
+_KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a mapping",
+    tuple: "a list",
+}
+_EXAMPLES = {bool: "write true or false", str: "quote it if it must be text", tuple: "write a list: [1, 2]"}
 
 
 def _shown(value: Any) -> str:

@@ -73,9 +73,11 @@ class TensorTask:
 
 @dataclass(frozen=True)
 class OutputTask:
-    """A file to be made: ``header`` is complete (or empty in a plan), ``size`` is that of the whole file."""
+    """A file to be made: ``header`` is complete (or empty in a plan), ``size`` is that of the whole file, ``name`` its
+    name in the store until it is finished."""
 
     target: str
+    name: str
     header: bytes
     header_bytes: int
     size: int
@@ -236,7 +238,7 @@ class Pass:
         for _ in range(slots(self.task)):
             self.free.put(_Slot(size))
         with ExitStack() as stack:
-            wanted = [(digest_bytes(o.header).hash, o.size) for o in self.task.outputs]
+            wanted = [(o.name, o.size) for o in self.task.outputs]
             partials = stack.enter_context(self.store.partials(wanted))
             self.outputs = [_OutputFile(o, p) for o, p in zip(self.task.outputs, partials, strict=True)]
             for output in self.outputs:

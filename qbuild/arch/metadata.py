@@ -15,10 +15,10 @@ from typing import Any
 from qbuild.arch import convert, hyperparameters, vocab
 from qbuild.arch.shapes import family, text_part
 from qbuild.checkpoint import Checkpoint
-from qbuild.errors import InputError
-from qbuild.gguffile import KV, GGUFType, encode_kv
+from qbuild.errors import ConfigError, InputError
+from qbuild.gguffile import KV, GGUFType, decode_kv, encode_kv, value_type
 
-__all__ = ["metadata", "quantized_kvs"]
+__all__ = ["check_overrides", "metadata", "quantized_kvs"]
 
 # Keys that the converter knows and the gguf package does not.
 NEWER = {
@@ -105,27 +105,62 @@ def _parameter_counts(specs: Sequence[convert.TensorSpec]) -> tuple[int, int, in
     return total, total - sum(s.weights for s in experts), one, sum(counts) // len(counts) if counts else 0
 
 
-REPLACED = ("general.quantization_version", "general.file_type")
+Noted = tuple[str, str | None, int, int]
+Override = tuple[str, bool | int | float | str]
+OVERRIDES = {bool: GGUFType.BOOL, int: GGUFType.UINT32, float: GGUFType.FLOAT32, str: GGUFType.STRING}
+INTEGERS = (GGUFType.UINT8, GGUFType.INT8, GGUFType.UINT16, GGUFType.INT16, GGUFType.UINT32, GGUFType.INT32,
+            GGUFType.UINT64, GGUFType.INT64)  # fmt: skip
+LIKE = {GGUFType.FLOAT64: GGUFType.FLOAT32} | dict.fromkeys(INTEGERS, GGUFType.UINT32)
 
 
 def quantized_kvs(
-    kvs: Sequence[KV], file_type: int, imatrix: tuple[str, str | None, int, int] | None = None
+    kvs: Sequence[KV],
+    file_type: int,
+    imatrix: Noted | None = None,
+    overrides: Sequence[Override] = (),
+    blocks: int | None = None,
 ) -> list[KV]:
-    """What llama-quantize writes: the source's pairs, then version and file type at the end; split.* are dropped.
+    """What llama-quantize writes: the source's pairs, then version and file type, the user's pairs, what it notes of
+    an importance matrix, and the number of layers that pruning leaves; what comes later stands there alone.
 
-    ``imatrix``: file, data set, entries and chunks, which it notes after them (texts cut to 127 bytes).
+    ``imatrix``: file, data set, entries and chunks (texts cut to 127 bytes). split.* are dropped.
     """
-    kept = [kv for kv in kvs if kv.key not in REPLACED and not kv.key.startswith("split.")]
     version = encode_kv("general.quantization_version", 2, GGUFType.UINT32)
-    noted = [version, encode_kv("general.file_type", file_type, GGUFType.UINT32)]
-    if imatrix is not None:
-        file, dataset, entries, chunks = imatrix
-        texts = {"file": file} | ({"dataset": dataset} if dataset is not None else {})
-        numbers = {"entries_count": entries} | ({"chunks_count": chunks} if chunks > 0 else {})
-        noted += [_noted(name, text.encode()[:127].decode("utf-8", "surrogateescape")) for name, text in texts.items()]
-        noted += [encode_kv(f"quantize.imatrix.{name}", n, GGUFType.UINT32) for name, n in numbers.items()]
-    replaced = {kv.key for kv in noted}
-    return [*(kv for kv in kept if kv.key not in replaced), *noted]
+    added = [version, encode_kv("general.file_type", file_type, GGUFType.UINT32)]
+    added += [encode_kv(key, value, OVERRIDES[type(value)]) for key, value in overrides]
+    added += _matrix_kvs(imatrix) if imatrix is not None else []
+    if blocks is not None:
+        arch = next(decode_kv(kv) for kv in kvs if kv.key == "general.architecture")
+        added.append(encode_kv(f"{arch}.block_count", blocks, GGUFType.UINT32))
+    found: dict[str, KV] = {kv.key: kv for kv in kvs if not kv.key.startswith("split.")}
+    for kv in added:
+        found.pop(kv.key, None)
+        found[kv.key] = kv
+    return list(found.values())
+
+
+def check_overrides(kvs: Sequence[KV], overrides: Sequence[Override], place: str) -> None:
+    """A key that is there keeps its kind of value: no loader reads it as another. Raises ConfigError."""
+    types = {kv.key: value_type(kv) for kv in kvs}
+    for key, value in overrides:
+        there, given = types.get(key), OVERRIDES[type(value)]
+        if there is not None and LIKE.get(there, there) != given:
+            fact = f"{value!r} would be written as {given.name}, the model has {there.name} there"
+            raise ConfigError(f"{place}.{key}", fact, EXAMPLES.get(LIKE.get(there, there), "leave it as it is"))
+
+
+EXAMPLES = {
+    GGUFType.UINT32: "write a whole number: 8", GGUFType.FLOAT32: "write a number with a point: 8.0",
+    GGUFType.BOOL: "write true or false", GGUFType.STRING: "write it in quotes",
+}  # fmt: skip
+
+
+def _matrix_kvs(noted: Noted) -> list[KV]:
+    file, dataset, entries, chunks = noted
+    texts = {"file": file} | ({"dataset": dataset} if dataset is not None else {})
+    numbers = {"entries_count": entries} | ({"chunks_count": chunks} if chunks > 0 else {})
+    found = [_noted(name, text.encode()[:127].decode("utf-8", "surrogateescape")) for name, text in texts.items()]
+    return [*found, *(encode_kv(f"quantize.imatrix.{name}", n, GGUFType.UINT32) for name, n in numbers.items())]
 
 
 def _noted(name: str, text: str) -> KV:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.errors import ConfigError
 from qbuild.ggml import FILE_TYPES, QTYPES
 
-__all__ = ["Mix", "choose", "needs_imatrix", "order"]
+__all__ = ["Mix", "choose", "layers", "needs_imatrix", "order", "pruned"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,36 @@ def order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
 def _layer(name: str) -> int:
     match = re.match(r"blk\.(\d+)\.", name)
     return int(match[1]) if match else -1
+
+
+def pruned(specs: Sequence[TensorSpec], layers: Collection[int], place: str) -> list[tuple[TensorSpec, str]]:
+    """Every tensor that stays without ``layers``, in file order, with its name there: what follows moves up.
+
+    Raises ConfigError for a layer that is not there, or where none would be left.
+    """
+    numbers = {spec.name: _NUMBER.search(spec.name) for spec in specs}
+    here = sorted({int(match[1]) for match in numbers.values() if match})
+    missing = sorted(set(layers).difference(here))
+    if missing or (layers and len(set(layers)) == len(here)):
+        fact = f"there is no layer {missing[0]}" if missing else "no layer would be left"
+        raise ConfigError(place, fact, f"the model has layers 0 to {here[-1]}" if here else "the model has no layers")
+    places = {layer: number for number, layer in enumerate(n for n in here if n not in layers)}
+    found = []
+    for spec in order(specs):
+        match = numbers[spec.name]
+        if match is None or not layers:
+            found.append((spec, spec.name))
+        elif (layer := int(match[1])) in places:
+            found.append((spec, f"{spec.name[: match.start(1)]}{places[layer]}{spec.name[match.end(1) :]}"))
+    return found
+
+
+def layers(specs: Iterable[TensorSpec]) -> int:
+    """How many layers there are."""
+    return len({match[1] for spec in specs if (match := _NUMBER.search(spec.name))})
+
+
+_NUMBER = re.compile(r"blk\.(\d+)\.")
 
 
 def choose(specs: Sequence[TensorSpec], facts: ModelFacts, mix: Mix) -> list[tuple[TensorSpec, str]]:

@@ -416,7 +416,8 @@ class Special:
         path = self.folder / "chat_template.jinja"
         if path.is_file():
             text = path.read_text(encoding="utf-8")
-            more = list((self.folder / "additional_chat_templates").glob("*.jinja"))
+            # The converter takes them as the file system lists them; here the same folder gives the same file.
+            more = sorted((self.folder / "additional_chat_templates").glob("*.jinja"))
             named = [{"name": p.stem, "template": p.read_text(encoding="utf-8")} for p in more]
             return [{"name": "default", "template": text}, *named] if more else text
         return (read_json(self.folder / "chat_template.json") or {}).get("chat_template")

@@ -50,9 +50,10 @@ def _source(source: str) -> list[Path] | None:
 
 
 def outputs(document: Mapping[str, Any]) -> list[str]:
+    """Every file that was made, the folders among them, and what was written of the build."""
     paths = [Path(target["path"]) for target in document["targets"].values()]
-    inside = [file for path in paths if path.is_dir() for file in sorted(path.iterdir())]
-    return [str(path) for path in [*paths, *inside, *sorted({path.parent / "build.json" for path in paths})]]
+    files = [file for target in document["targets"].values() for file in target["files"]]
+    return [*map(str, paths), *files, *sorted({str(path.parent / "build.json") for path in paths})]
 
 
 def as_null(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from qbuild.actions.evaluation import RESULT, STATES, Target, Task
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibration.families import layer_prefix
 from qbuild.calibration.tokens import Packed
-from qbuild.checkpoint import Reader, open_gguf
+from qbuild.checkpoint import Reader, gguf_parts
 from qbuild.digest import Digest
 from qbuild.errors import StoreError
 from qbuild.evaluation import readers
@@ -83,6 +83,6 @@ def _target(target: Target, task: Task, source: Tensors, store: Store, stack: Ex
     shapes = {name: tensor.shape for name, tensor in task.checkpoint.tensors.items()}
     if target.scheme is not None:
         return readers.packed(paths, shapes, target.scheme)
-    file = open_gguf(paths[0], str(paths[0]))
+    file = gguf_parts(paths, str(paths[0]))
     reader = stack.enter_context(Reader(file.files))
     return readers.gguf(file, reader, target.specs, shapes, source.read)
