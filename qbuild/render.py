@@ -83,12 +83,20 @@ def result(document: Document) -> str:
         bits = f"{target['bits_per_weight']:.2f}"
         rows.append([name, format_size(target["bytes"]), bits, *tally, seconds, *ram])
     paths = [_short(target["path"]) for target in targets.values()]
-    lines = [*table(rows), "", *_measured(document), *paths, ""]
+    lines = [*table(rows), "", *_measured(document), *paths, *_failures(document), ""]
     ran = totals["computed"] or any(totals.get("actions", {}).values())
     if not ran and not any(t["verdicts"].get("run") for t in targets.values()):
         return _text([*lines, "nothing to do"])
     moved = f"read {format_size(totals['read_bytes'])}, wrote {format_size(totals['written_bytes'])}"
     return _text([*lines, f"done in {duration(totals['wall_seconds'])}: {moved}"])
+
+
+def _failures(document: Document) -> list[str]:
+    """The targets that failed in a build that kept going, and why."""
+    said = (f"{name} failed: {found['place']}: {found['fact']}" for name, found in document.get("failed", {}).items())
+    return [
+        line for text in said for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False)
+    ]
 
 
 def _measured(document: Document) -> list[str]:

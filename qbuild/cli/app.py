@@ -75,7 +75,8 @@ def _run(argv: list[str], json_wanted: bool) -> Outcome:
         if "multirun" in args.switches:
             return multirun.run(composer, runner)
         job = composer.job()
-        outcome = runner.run(job.config)
+        apart = runner.makes and job.config.keep_going and len(job.config.targets) > 1
+        outcome = multirun.keep_going(job.config, runner) if apart else runner.run(job.config)
         if args.verb == "build" and not runner.dry_run:
             _record(argv, cwd, job, composer, outcome, json_wanted, began)
         return outcome

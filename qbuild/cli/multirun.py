@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qbuild import execute, render
+from qbuild import execute, render, schema
 from qbuild.budget import Remedy, refuse
 from qbuild.cli import sweep
 from qbuild.cli.compose import Composer, Job
@@ -17,7 +17,7 @@ from qbuild.cli.runner import Outcome, Runner, failed, show
 from qbuild.cli.verbs import VERBS
 from qbuild.errors import ConfigError, Interrupted
 
-__all__ = ["run"]
+__all__ = ["keep_going", "run"]
 
 Ended = list[tuple[sweep.Build, Outcome]]
 
@@ -37,10 +37,25 @@ def run(composer: Composer, runner: Runner) -> Outcome:
     refused = _refused(builds, runner) if runner.makes and len(builds) > 1 else None
     if refused is not None:
         return refused
-    ended = _all(builds, jobs, runner)
+    ended = _all(builds, jobs, runner, told=not runner.quiet)
     if runner.makes:
         _note([outcome for _, outcome in ended])
     return _merged(ended, jobs)
+
+
+def keep_going(config: schema.Config, runner: Runner) -> Outcome:
+    """A build of several targets, as a sweep of one job for each: one that fails leaves the others to finish."""
+    members = tuple(sweep.Member(number, {name: name}) for number, name in enumerate(config.targets))
+    jobs = [Job(config, (name,), volatile=False) for name in config.targets]
+    ended = _all([sweep.Build(config, members)], jobs, runner, told=False)
+    made = [outcome for _, outcome in ended if "error" not in outcome.document]
+    if not made or len(ended) == 1:
+        return ended[0][1]
+    _note(made)
+    wrong = [(build, outcome) for build, outcome in ended if "error" in outcome.document]
+    failures = {name: outcome.document["error"] for build, outcome in wrong for name in build.config.targets}
+    document = sweep.joined([outcome.document for outcome in made]) | {"failed": failures}
+    return Outcome(document, render.result(document), next((outcome.code for _, outcome in wrong), 0))
 
 
 def _refused(builds: Sequence[sweep.Build], runner: Runner) -> Outcome | None:
@@ -63,11 +78,12 @@ def _refused(builds: Sequence[sweep.Build], runner: Runner) -> Outcome | None:
     return failed(refuse(f"a sweep of {len(builds)} builds", "disk", needs, room, remedies))
 
 
-def _all(builds: Sequence[sweep.Build], jobs: list[Job], runner: Runner) -> Ended:
+def _all(builds: Sequence[sweep.Build], jobs: list[Job], runner: Runner, *, told: bool) -> Ended:
+    """Run builds to their ends, ``told`` as they end."""
     todo, ended = deque(builds), []
     while todo:
         build = todo.popleft()
-        outcome = _one(build, jobs, runner)
+        outcome = _one(build, jobs, runner) if told else runner(build.config)
         place = outcome.document.get("error", {}).get("place", "")
         goes_on = build.config.keep_going and outcome.code != Interrupted.exit_code
         if "error" in outcome.document and goes_on and len(build.members) > 1:
@@ -84,13 +100,11 @@ def _all(builds: Sequence[sweep.Build], jobs: list[Job], runner: Runner) -> Ende
 
 def _one(build: sweep.Build, jobs: list[Job], runner: Runner) -> Outcome:
     """Run one build of a sweep and show how it ended."""
-    if not runner.quiet:
-        for member in build.members:
-            sys.stdout.write(f"[{member.number + 1}/{len(jobs)}] {' '.join(jobs[member.number].overrides)}\n")
-        sys.stdout.flush()
+    for member in build.members:
+        sys.stdout.write(f"[{member.number + 1}/{len(jobs)}] {' '.join(jobs[member.number].overrides)}\n")
+    sys.stdout.flush()
     outcome = runner(build.config)
-    if not runner.quiet:
-        show(outcome, json_wanted=False)
+    show(outcome, json_wanted=False)
     return outcome
 
 

@@ -216,6 +216,17 @@ def test_a_target_that_several_jobs_want_is_made_once(qbuild: Run, engine: Engin
     assert [list(job["result"]["targets"]) for job in jobs] == [["q4_k_m"], ["q4_k_m", "q8_0"]]
 
 
+def test_a_target_that_fails_leaves_the_others_of_its_build_where_told_to_go_on(qbuild: Run, engine: Engine) -> None:
+    engine.error, engine.only = errors.ActionFailed("worker", "was killed"), "q8_0"
+    argv = ("-k", "model.source=x", "target=[gguf/q8_0,gguf/q4_k_m]")
+    done = qbuild(*argv, "format=json")
+    assert done.code == 1
+    assert list(done.document["targets"]) == ["q4_k_m"]
+    assert done.document["failed"]["q8_0"]["fact"] == "was killed"
+    assert "\nq8_0 failed: worker: was killed\n" in qbuild(*argv).out
+    assert qbuild(*argv[1:], "format=json").error["fact"] == "was killed"  # and one alone without -k
+
+
 def launched(*digests: str) -> Any:
     """What a launcher brought back of as many jobs that wrote one file."""
     config = schema.Config(targets={"q8_0": schema.GgufTarget()})
