@@ -65,10 +65,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, help="so many of the shape's own")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a model directory to copy the tokenizer from")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     config = configuration(args.shape)
+    config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
     (args.out / "config.json").write_text(json.dumps(config, indent=1))
     for path in args.tokenizer.glob("*token*"):
         shutil.copy(path, args.out)

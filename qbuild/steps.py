@@ -200,8 +200,8 @@ class _Planner:
             return extent.device_propagation(config, self.shapes, self.model, step)
         return extent.Device(extent.propagation_ram(config, self.shapes, self.model, step), 0)
 
-    def _solving(self, layer: extent.LayerShape) -> extent.Device:
-        return extent.device_solve(layer) if self.cuda else extent.Device(extent.solve_ram(layer), 0)
+    def _solving(self, layer: extent.LayerShape, rounding: str) -> extent.Device:
+        return extent.device_solve(layer, rounding) if self.cuda else extent.Device(extent.solve_ram(layer), 0)
 
     def _step(self, samples: int, spill: bool) -> shapes.Step:
         wanted, gram = self.resolved.config.calibration, self.calibration.detail == "gram"
@@ -216,7 +216,10 @@ class _Planner:
 
     def solve(self, todo: list[Action]) -> Step:
         layers = [(self.model.layers[a.params.layer], a.params) for a in todo]
-        needs = max((self._solving(layer) for layer, _ in layers), key=lambda found: (found.vram, found.ram))
+        needs = max(
+            (self._solving(layer, params.rounding) for layer, params in layers),
+            key=lambda found: (found.vram, found.ram),
+        )
         label = f"quantizing {len(todo)} layers"
         self._check(label, needs.ram, [])
         self._check_device(label, needs, {})

@@ -12,7 +12,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "quant.layer"
-SALT = 4
+SALT = 5
 VERSIONS = ("torch",)
 
 

@@ -11,7 +11,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "calibration.statistics"
-SALT = 1
+SALT = 2
 VERSIONS = ("torch", "transformers")
 
 

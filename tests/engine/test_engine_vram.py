@@ -32,6 +32,19 @@ def test_a_plan_for_a_gpu_predicts_its_memory(qbuild: Run) -> None:
     assert planned["budget"]["vram"] == int(79 * GIB * 0.9)
 
 
+def test_bfloat16_takes_less_of_the_device_and_not_less_than_was_measured(qbuild: Run) -> None:
+    planned = qbuild(*WORDS, "device=cuda", "calibration.dtype=bfloat16").document
+    (found,) = (step["vram"] for step in planned["steps"] if step["kind"] == "calibration.statistics")
+    assert 1 <= (found - vram.CONTEXT) / (2423 << 20) <= 1.15
+
+
+def test_plain_rounding_takes_less_of_the_device(qbuild: Run) -> None:
+    plain = [f"targets.{name}.rounding=nearest" for name in ("awq_w4_g128", "gptq_w4_g128")]
+    planned = qbuild(*WORDS, "device=cuda", *plain).document
+    (found,) = (step["vram"] for step in planned["steps"] if step["kind"] == "quant.layer")
+    assert 1 <= (found - vram.CONTEXT) / (3233 << 20) <= 1.15
+
+
 def test_calibration_on_the_cpu_takes_no_device_memory(qbuild: Run) -> None:
     planned = qbuild(*WORDS, "device=auto", "budget.vram=1MiB").document
     assert planned["predicted"]["vram"] == 0

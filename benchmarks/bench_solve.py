@@ -1,0 +1,109 @@
+"""Seconds and peak memory of quantizing one decoder layer, for Llama shapes with made-up weights and activations.
+
+usage: bench_solve.py [SHAPE ...] [--device cpu] [--group 128] [--tokens 8192] [--loops]
+
+Each way runs twice and the second is timed: a device compiles and plans in the first. With --loops, on a CUDA device,
+the loops over columns in Triton stand beside those in torch: codes that differ, microseconds a block of 128 columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from functools import partial
+
+import torch
+from bench_calibration import model_of
+
+from qbuild.calibration.extent import device_solve, model_shape
+from qbuild.quant import columns
+from qbuild.quant.families import groups
+from qbuild.quant.grid import Grid
+from qbuild.quant.layer import Params, solve
+from qbuild.quant.scaling import Seen
+
+WAYS = {
+    "AWQ, plain rounding": {"symmetric": False, "rounding": "nearest"},
+    "AWQ (the default)": {"symmetric": False},
+    "GPTQ (the default)": {"symmetric": True},
+    "GPTQ, no scales": {"symmetric": True, "scaled": False},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", default=["135m"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--loops", action="store_true")
+    options = parser.parse_args()
+    for shape in options.shapes:
+        config, tensors = model_of(shape, 1)
+        shaped = model_shape(config, tensors).layers[0]
+        work, seen = layer(tensors, options)
+        wanted = sorted(name.removesuffix(".weight") for name in work if name.endswith("proj.weight"))
+        known = groups(config, "model.layers.0.", work, wanted)
+        for name, way in WAYS.items():
+            settings = dict(way)
+            params = Params(Grid(4, options.group, settings.pop("symmetric")), **settings)
+            run = partial(solve, work, seen.get, known, params)
+            timed(run, options.device)
+            seconds, peak = timed(run, options.device)
+            found = device_solve(shaped, params.rounding).vram
+            print(f"{shape} {name:<20} {seconds:7.2f} s, VRAM {peak >> 20} MiB of {found >> 20} predicted", flush=True)
+    if options.loops:
+        loops()
+
+
+def layer(tensors, options):  # type: ignore[no-untyped-def]
+    """A layer's weights and what its linears read, on the device."""
+    torch.manual_seed(0)
+    work = {n: torch.randn(s, device=options.device).mul_(0.02).bfloat16() for n, s in tensors.items() if ".0." in n}
+    inputs: dict[int, Seen] = {}
+    for columns_ in {w.shape[1] for w in work.values() if w.ndim == 2}:
+        x = torch.randn(options.tokens, columns_, device=options.device)
+        x *= torch.logspace(-1, 1, columns_, device=options.device)[torch.randperm(columns_, device=options.device)]
+        inputs[columns_] = Seen(x.T @ x, x.abs().mean(0), len(x))
+    return work, {n.removesuffix(".weight"): inputs[w.shape[1]] for n, w in work.items() if w.ndim == 2}
+
+
+def timed(run, device):  # type: ignore[no-untyped-def]
+    """Seconds, and bytes of the device that were allocated at most."""
+    if device == "cpu":
+        began = time.monotonic()
+        run()
+        return time.monotonic() - began, 0
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    run()
+    torch.cuda.synchronize()
+    return time.monotonic() - began, torch.cuda.max_memory_allocated()
+
+
+def loops() -> None:
+    from qbuild.quant import triton_columns
+
+    torch.manual_seed(0)
+    size, rows = 128, 4096
+    x = torch.randn(400, size, device="cuda")
+    hessian = x.T @ x / len(x) + 0.1 * torch.eye(size, device="cuda")
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    block, slope = torch.randn(2, size, rows, device="cuda")
+    scales = (torch.rand(4, rows, device="cuda") * 0.2 + 0.05).half().float()
+    zeros = torch.randint(0, 15, (4, rows), device="cuda").float()
+    which = torch.randint(0, 4, (size,), device="cuda")
+    for name, run in (
+        ("round_block", lambda m: m.round_block(block.clone(), factor, scales, zeros, which, 15)[0]),
+        ("recode", lambda m: m.recode(block, slope, hessian, scales[0], zeros[0], 15)),
+    ):
+        ours, plain = run(triton_columns), run(columns)
+        spent = [timed(lambda m=m, run=run: [run(m) for _ in range(10)], "cuda")[0] for m in (triton_columns, columns)]
+        differing = float((ours != plain).float().mean())
+        micro = [f"{seconds * 1e5:.0f}" for seconds in spent]
+        print(f"  {name:<12} codes differing {differing:.2e}, us a block: Triton {micro[0]}, torch {micro[1]}")
+
+
+if __name__ == "__main__":
+    main()
