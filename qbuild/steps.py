@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from qbuild import machine
 from qbuild.actions import backend, directory, evaluation, importance, propagate, solve, statistics, tokens
 from qbuild.backends import footprint as libraries
 from qbuild.budget import Budget, Remedy, refuse
@@ -113,6 +114,7 @@ class _Planner:
         self.model, self.cuda = calibration.model, calibration.device == "cuda"
         self.shapes = {name: tensor.shape for name, tensor in resolved.checkpoint.tensors.items()}
         self._rate = rate
+        self.torch = shapes.BASE_CUDA - shapes.BASE if machine.has_torch() else 0  # more to load, on a CPU too
 
     def rate(self, kind: str) -> float:
         """Operations a second of what computes: all threads, or the device."""
@@ -192,16 +194,18 @@ class _Planner:
         config = self.resolved.checkpoint.config
         if self.cuda:
             return extent.device_forward(config, self.shapes, self.model, step)
-        return extent.Device(extent.forward_ram(config, self.shapes, self.model, step), 0)
+        return extent.Device(self.torch + extent.forward_ram(config, self.shapes, self.model, step), 0)
 
     def _propagation(self, step: shapes.Step) -> extent.Device:
         config = self.resolved.checkpoint.config
         if self.cuda:
             return extent.device_propagation(config, self.shapes, self.model, step)
-        return extent.Device(extent.propagation_ram(config, self.shapes, self.model, step), 0)
+        return extent.Device(self.torch + extent.propagation_ram(config, self.shapes, self.model, step), 0)
 
     def _solving(self, layer: extent.LayerShape, rounding: str) -> extent.Device:
-        return extent.device_solve(layer, rounding) if self.cuda else extent.Device(extent.solve_ram(layer), 0)
+        if self.cuda:
+            return extent.device_solve(layer, rounding)
+        return extent.Device(self.torch + extent.solve_ram(layer), 0)
 
     def _step(self, samples: int, spill: bool) -> shapes.Step:
         wanted, gram = self.resolved.config.calibration, self.calibration.detail == "gram"
@@ -236,7 +240,7 @@ class _Planner:
     def directories(self, todo: list[Action]) -> Step:
         made = {a.id for a in todo}
         targets = [t for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.action in made]
-        ram = directory.RAM + 3 * max(layer.weights for layer in self.model.layers)
+        ram = self.torch + directory.RAM + 3 * max(layer.weights for layer in self.model.layers)
         self._check("writing " + ", ".join(f"'{t.name}'" for t in targets), ram, [])
         seconds = sum(t.nbytes for t in targets) / self._rate("write") + 4.0
         return Step(directory.KIND, "writing", len(todo), ram, seconds)
@@ -277,7 +281,8 @@ class _Planner:
         def needs(text: footprint.Text) -> extent.Device:
             if self.cuda:
                 return footprint.on_device(checkpoint.config, self.shapes, text, dequantized=files)
-            return extent.Device(footprint.evaluation(checkpoint.config, self.shapes, text, dequantized=files), 0)
+            ram = footprint.evaluation(checkpoint.config, self.shapes, text, dequantized=files)
+            return extent.Device(self.torch + ram, 0)
 
         label, found = f"evaluation of {len(todo)} targets", needs(text)
         ram = found.ram + (AFTER_ANOTHER if len(todo) > 1 else 0)

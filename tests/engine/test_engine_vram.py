@@ -50,6 +50,17 @@ def test_calibration_on_the_cpu_takes_no_device_memory(qbuild: Run) -> None:
     assert planned["predicted"]["vram"] == 0
 
 
+def test_a_torch_that_was_built_for_cuda_takes_more_ram_on_the_cpu_too(
+    qbuild: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = []
+    for built in (False, True):
+        monkeypatch.setattr(machine, "has_torch", lambda built=built: built)
+        needs.append({step["kind"]: step["ram"] for step in qbuild(*WORDS, "device=cpu").document["steps"]})
+    for kind in ("calibration.statistics", "quant.layer", "checkpoint.directory"):
+        assert needs[1][kind] - needs[0][kind] == 420 << 20
+
+
 @pytest.mark.parametrize(
     ("words", "who", "remedies"),
     [
