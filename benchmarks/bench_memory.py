@@ -1,12 +1,15 @@
 """Predicted against measured peak RAM, job by job, for several shapes and targets. What DESIGN promises: 1 to 1.15.
 
-    python benchmarks/bench_memory.py [DIRECTORY ...]
+    python benchmarks/bench_memory.py [--calibrated] [DIRECTORY ...]
 
-Without directories: tiny-llama and freshly written random checkpoints of 100M and 1.1B parameters.
+Without directories: tiny-llama and freshly written random checkpoints of 100M and 1.1B parameters. With --calibrated:
+AWQ, GPTQ, an importance matrix and a measured GGUF file in one build, in 3 GiB, hidden states in RAM and on disk; it
+says whether both gave the same bytes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,48 +18,69 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TINY = HERE.parent / "tests" / "data" / "tiny-llama"
-SETTINGS = (
+PLAIN = (
     ("gguf/q4_k_m", []),
     ("gguf/q4_k_m", ["budget.threads=1"]),
     ("gguf/q2_k,gguf/q4_k_m,gguf/q8_0", []),
     ("gguf/q4_k_m", ["budget.ram=232MiB"]),
+)
+TEXT = ("calibration.samples=16", "evaluation.source=builtin", "evaluation.samples=4", "budget.ram=3GiB")
+EVERY = ("imatrix,awq/w4_g64,gptq/w4_g64,gguf/q4_k_m", "targets.q4_k_m.imatrix=auto", *TEXT)
+CALIBRATED = (
+    (EVERY[0], [*EVERY[1:], "calibration.spill=false"]),
+    (EVERY[0], [*EVERY[1:], "calibration.spill=true", "budget.threads=1"]),
+    ("imatrix", ["calibration.samples=16", "budget.ram=3GiB", "calibration.dtype=bfloat16"]),
 )
 
 
 def build(model: Path, targets: str, words: list[str], root: Path) -> dict | None:
     command = [sys.executable, "-m", "qbuild", f"model.source={model}", f"target=[{targets}]", *words, "format=json"]
     done = subprocess.run([*command, f"store.dir={root}/store", f"out={root}/out"], capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout, done.stderr[-2000:], file=sys.stderr)
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
-def main(models: list[Path]) -> None:
-    print(f"{'model':14}{'targets':36}{'settings':22}{'job':12}{'predicted':>10}{'measured':>10}{'ratio':>7}")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path)
+    parser.add_argument("--calibrated", action="store_true")
+    options = parser.parse_args()
+    print(f"{'job':58}{'predicted':>10}{'measured':>10}{'ratio':>7}{'seconds':>9}")
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         root = Path(folder)
-        for shape in () if models else ("100m", "1.1b"):
-            maker = [sys.executable, HERE / "make_checkpoint.py", shape, root / shape, "--tokenizer", TINY]
-            subprocess.run([str(word) for word in maker], check=True)
-            models.append(root / shape)
-        for number, model in enumerate(models if len(sys.argv) > 1 else [TINY, *models]):
-            for setting, (targets, words) in enumerate(SETTINGS):
-                run = root / f"run{number}-{setting}"
+        for model in options.models or made(root):
+            digests = []
+            for number, (targets, words) in enumerate(CALIBRATED if options.calibrated else PLAIN):
+                run = root / f"run{number}"
                 document = build(model, targets, words, run)
-                show(model.name, targets.replace("gguf/", ""), " ".join(words), document)
+                print(f"{model.name}: {targets.replace('gguf/', '')} {' '.join(words)}")
+                if document is None:
+                    print("  refused")
+                else:
+                    show(document)
+                    digests.append({name: target["digest"] for name, target in document["targets"].items()})
                 subprocess.run(["rm", "-rf", str(run)], check=True)
+            if options.calibrated and len(digests) > 1:
+                print("spilled or not:", "the same bytes" if digests[0] == digests[1] else "OTHER BYTES", flush=True)
 
 
-def show(model: str, targets: str, words: str, document: dict | None) -> None:
-    if document is None:
-        print(f"{model:14}{targets:36}{words:22}refused")
-        return
-    rows = {name.split()[0]: (job["predicted_ram"], job["peak_ram"]) for name, job in document["jobs"].items()}
-    first = next(iter(document["targets"].values()))
-    rows["in all"] = (first["predicted_ram"], first["peak_ram"])
-    for name, (predicted, measured) in rows.items():
-        if name != "compiling":
-            sizes = f"{predicted / 2**20:8.0f} M{measured / 2**20:8.0f} M{predicted / measured:7.2f}"
-            print(f"{model:14}{targets:36}{words:22}{name:12}{sizes}")
+def made(root: Path) -> list[Path]:
+    for shape in ("100m", "1.1b"):
+        maker = [sys.executable, HERE / "make_checkpoint.py", shape, root / shape, "--tokenizer", TINY]
+        subprocess.run([str(word) for word in maker], check=True)
+    return [TINY, root / "100m", root / "1.1b"]
+
+
+def show(document: dict) -> None:
+    rows = {name: (job["predicted_ram"], job["peak_ram"], job["seconds"]) for name, job in document["jobs"].items()}
+    most = max(document["targets"].values(), key=lambda target: target["peak_ram"])
+    rows["in all"] = (most["predicted_ram"], most["peak_ram"], document["totals"]["wall_seconds"])
+    for name, (predicted, measured, seconds) in rows.items():
+        if name != "compiling kernels":
+            sizes = f"{predicted / 2**20:8.0f} M{measured / 2**20:8.0f} M{predicted / measured:7.2f}{seconds:9.1f}"
+            print(f"  {name[:56]:56}{sizes}", flush=True)
 
 
 if __name__ == "__main__":
-    main([Path(word) for word in sys.argv[1:]])
+    main()

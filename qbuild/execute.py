@@ -44,7 +44,7 @@ def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
             waited |= stack.enter_context(_locked(made, name, sink))
         if waited:  # the other build may have made what we wanted
             made = _sound_plan(config, sink)
-        jobs, stage, predicted = Jobs(made, sink), None, made.footprint
+        jobs, stage, predicted = Jobs(made, sink), None, made.making
         if made.steps:
             stage = Stage(made, jobs)
             stage.run()
@@ -108,7 +108,7 @@ class _Build:
         self.judge = Judge(made.resolved, made.store, rebuild=False)
         self.results: dict[str, dict[str, Any]] = {}
         self.evaluation: dict[str, Any] | None = None
-        self.predicted = made.footprint  # of all of the build
+        self.predicted = made.making
         self.totals: dict[str, Any] = {"computed": 0, "reused": 0, "read_bytes": 0, "written_bytes": 0, "seconds": {}}
         self.totals["actions"] = stage.counts if stage else {}
         if stage:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
@@ -41,7 +41,7 @@ from qbuild.errors import InputError
 from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Source
-from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, choose_strategy, kernels_of, outputs, pass_task
+from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, Wanted, choose_strategy, kernels_of, outputs, pass_task
 from qbuild.manifest import action_key, walk
 from qbuild.recipe import FileTarget, Resolved, resolve
 from qbuild.steps import Step, evaluations, steps
@@ -116,14 +116,16 @@ class Plan:
     targets: tuple[TargetPlan, ...]
     strategy: Strategy
     steps: tuple[Step, ...]  # of calibrated targets, before the GGUF pass
+    gguf_pass: tuple[Step, ...]  # one, or none
     after: tuple[Step, ...]  # of the evaluation, when all targets are made
     footprint: Footprint
     read_bytes: int
     seconds: float  # estimated, by this machine's own rates once it has built something
 
     @property
-    def null(self) -> bool:
-        return all(t.verdict.state == "hit" for t in self.targets)
+    def making(self) -> Footprint:
+        """Peaks while the targets are made; measuring them comes after."""
+        return _peaks((*self.steps, *self.gguf_pass))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -132,7 +134,7 @@ class Plan:
             "budget": asdict(self.budget),
             "predicted": asdict(self.footprint) | {"read_bytes": self.read_bytes, "seconds": self.seconds},
             "strategy": asdict(self.strategy),
-            "steps": [asdict(step) for step in (*self.steps, *self.after)],
+            "steps": [asdict(step) for step in (*self.steps, *self.gguf_pass, *self.after)],
             "targets": {t.name: t.to_json() for t in self.targets},
         }
 
@@ -335,29 +337,46 @@ def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) ->
     verdicts = judge.verdicts
     budget = resolve_budget(config, store.root, out)
     kv_bytes = [judge.kv_bytes(t) for t in resolved.files]
-    every = [outputs(t, size) for t, (size, _) in zip(resolved.files, kv_bytes, strict=True)]
-    todo = [item for files in every for item in files if verdicts[item.target.action].state != "hit"]
-    asked = [t for t in resolved.files if verdicts[t.action].state != "hit"]
-    strategy, ram, read = Strategy(CHUNKS[0], budget.threads), 0, 0
-    if todo:
-        strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before(asked))
-        read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}).tensors)
+    outs = [outputs(t, size) for t, (size, _) in zip(resolved.files, kv_bytes, strict=True)]
+    todo = [item for files in outs for item in files if verdicts[item.target.action].state != "hit"]
     files = {
         t.name: judge.target_plan(t, sum(item.layout.size for item in made), exact, out)
-        for t, made, (_, exact) in zip(resolved.files, every, kv_bytes, strict=True)
+        for t, made, (_, exact) in zip(resolved.files, outs, kv_bytes, strict=True)
     }
     calibrated = {t.name: judge.calibrated_plan(t, out) for t in resolved.targets if isinstance(t, CalibratedTarget)}
     targets = tuple((files | calibrated)[t.name] for t in resolved.targets)
-    ahead, after = steps(resolved, verdicts, budget, judge.rate), evaluations(resolved, verdicts, budget, judge.rate)
-    copies = 2 if config.store.link == "copy" else 1
-    written = sum(t.bytes for t in targets if t.verdict.state != "hit")
-    both = (*ahead, *after)
-    disk = copies * written + sum(s.disk for s in both) + max((s.temporary for s in both), default=0)
-    _check_disk(disk, budget, targets, copies)
-    seconds = judge.seconds(asked, read, written, strategy.threads) + sum(s.seconds for s in both)
-    ram = max([ram, *(PARENT_RAM + step.ram for step in both)])
-    footprint = Footprint(ram=ram, vram=max((s.vram for s in both), default=0), disk=disk)
-    return Plan(resolved, store, budget, out, verdicts, targets, strategy, ahead, after, footprint, read, seconds)
+    asked = [t for t in resolved.files if verdicts[t.action].state != "hit"]
+    strategy, passing = _gguf_pass(resolved, judge, asked, todo, budget)
+    ahead, after = steps(resolved, judge, budget), evaluations(resolved, judge, budget)
+    every = (*ahead, *passing, *after)
+    copied = sum(t.bytes for t in targets if t.verdict.state != "hit") if config.store.link == "copy" else 0
+    disk = copied + sum(s.disk for s in every) + max((s.temporary for s in every), default=0)
+    _check_disk(disk, budget, targets, files, copied)
+    footprint = replace(_peaks(every), disk=disk)
+    read, seconds = sum(s.read for s in every), sum(s.seconds for s in every)
+    return Plan(
+        resolved, store, budget, out, verdicts, targets, strategy, ahead, passing, after, footprint, read, seconds
+    )
+
+
+def _peaks(steps: Collection[Step]) -> Footprint:
+    """Of jobs that run one after the other, with the process that starts them beside."""
+    ram = max((PARENT_RAM + step.ram for step in steps), default=0)
+    return Footprint(ram, max((step.vram for step in steps), default=0))
+
+
+def _gguf_pass(
+    resolved: Resolved, judge: Judge, asked: list[FileTarget], todo: list[Wanted], budget: Budget
+) -> tuple[Strategy, tuple[Step, ...]]:
+    """How the files ``todo`` of the targets ``asked`` are made in one pass, and what that takes."""
+    if not todo:
+        return Strategy(CHUNKS[0], budget.threads), ()
+    strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before(asked))
+    read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}).tensors)
+    size = sum(wanted.layout.size for wanted in todo)
+    seconds, ram, threads = judge.seconds(asked, read, size, strategy.threads), ram - PARENT_RAM, strategy.threads
+    step = Step("gguf.pass", "writing GGUF files", len(todo), ram, seconds, size, read=read, threads=threads)
+    return strategy, (step,)
 
 
 def _judged(config: schema.Config, store: Store, fetch: bool, spared: Collection[str]) -> tuple[Resolved, Judge]:
@@ -387,15 +406,20 @@ def resolve_budget(config: schema.Config, store: Path, out: Path) -> Budget:
     return Budget(ram, vram, disk, here.cores if wanted.threads == "auto" else int(wanted.threads))
 
 
-def _check_disk(needs: int, budget: Budget, targets: tuple[TargetPlan, ...], copies: int) -> None:
+def _check_disk(
+    needs: int, budget: Budget, targets: tuple[TargetPlan, ...], files: Collection[str], copied: int
+) -> None:
+    """``files``: names of the targets that are single files; ``copied``: bytes of outputs beside the store's own."""
     if needs <= budget.disk:
         return
+    todo = [t for t in targets if t.verdict.state != "hit"]
     remedies = []
-    if copies > 1:
-        remedies.append(Remedy("link outputs to the store", needs // copies, "store.link=auto"))
-    smallest = min((t for t in targets if t.verdict.state != "hit"), key=lambda t: t.bytes)
-    if len(targets) > 1 and smallest.bytes * copies <= budget.disk:
-        remedies.append(Remedy(f"only {smallest.name}", smallest.bytes * copies, f"target=gguf/{smallest.name}"))
+    if copied:
+        remedies.append(Remedy("link outputs to the store", needs - copied, "store.link=auto"))
+    sizes = {t.name: t.bytes * (2 if copied else 1) for t in todo if t.name in files}
+    if len(targets) > 1 and sizes and min(sizes.values()) <= budget.disk:
+        smallest = min(sizes, key=sizes.__getitem__)
+        remedies.append(Remedy(f"only {smallest}", sizes[smallest], f"target=gguf/{smallest}"))
     remedies.append(Remedy("another disk", needs, "store.dir=/BIG/DISK/store out=/BIG/DISK/out"))
-    names = ", ".join(t.name for t in targets if t.verdict.state != "hit")
-    raise refuse(f"writing {names}", "disk", needs, budget.disk, remedies)
+    who = f"writing {', '.join(t.name for t in todo)}" if todo else "the evaluation"
+    raise refuse(who, "disk", needs, budget.disk, remedies)

@@ -45,16 +45,34 @@ def plan(document: Document) -> str:
     for line, target in zip(body, targets.values(), strict=True):
         lines += [line, *_types(target["types"]), f"  {_short(target['path'])}: {_outlook(target['verdict'])}"]
     lines.append("")
-    if all(target["verdict"]["state"] == "hit" for target in targets.values()):
+    if not document["steps"]:
         return _text([*lines, "nothing to do"])
+    lines += _steps(document["steps"])
     rows = [["", "needs", "budget"], ["RAM", format_size(needs["ram"]), format_size(budget["ram"])]]
     if needs["vram"]:
         rows.append(["VRAM", format_size(needs["vram"]), format_size(budget["vram"])])
     rows.append(["disk", format_size(needs["disk"]), format_size(budget["disk"])])
     rows.append(["threads", str(document["strategy"]["threads"]), str(budget["threads"])])
-    notes = [line for step in document["steps"] for note in step["notes"] for line in ("", *textwrap.wrap(note, WIDTH))]
     time = f", about {duration(needs['seconds'])}" if needs["seconds"] is not None else ""
-    return _text([*lines, *table(rows), *notes, "", f"reads {format_size(needs['read_bytes'])}{time}"])
+    return _text([*lines, *table(rows), "", f"reads {format_size(needs['read_bytes'])}{time}"])
+
+
+def _steps(steps: Sequence[Document]) -> list[str]:
+    """What will run one after the other, where that is more than a plain pass: the peak of each, the bytes that stay of
+    it, those that are gone when it ends, and what is to be known of it."""
+    if len(steps) < 2 and not any(step["notes"] for step in steps):
+        return []
+    rows = [["step", "RAM", "disk", "for a while", "time"]]
+    for step in steps:
+        sizes = [format_size(step[key]) if step[key] else "-" for key in ("ram", "disk", "temporary")]
+        rows.append([step["label"], *sizes, duration(step["seconds"])])
+    head, *body = table(rows)
+    lines = [head]
+    for row, step in zip(body, steps, strict=True):
+        lines.append(row)
+        for note in step["notes"]:
+            lines += textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return [*lines, ""]
 
 
 def _outlook(verdict: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable
 
-from qbuild.actions import backend, directory, hashing, importance, propagate, solve, statistics, tokens, weights
+from qbuild.actions import backend, directory, hashing, importance, propagate, solve, statistics, tokens
 from qbuild.backends import environment
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import CalibratedTarget
@@ -18,7 +18,7 @@ from qbuild.errors import ActionFailed
 from qbuild.graph import Action, Output, Source
 from qbuild.plan import Judge, Plan, Verdict
 from qbuild.running import Jobs
-from qbuild.steps import Step, missing, rate_name
+from qbuild.steps import Step, hashed, missing, rate_name
 
 MEASURABLE = 1e12  # operations: with fewer, starting up is what one measures
 
@@ -68,9 +68,8 @@ class Stage:
     def run(self) -> None:
         self._settle()
         actions = self.resolved.graph.actions
-        sources = [i for a in self._missing() for _, i in actions[a].inputs if isinstance(i, Source)]
-        chain = [i for a in actions.values() if a.kind == weights.KIND for _, i in a.inputs if isinstance(i, Source)]
-        self.read_bytes += hash_sources(self.plan, self.jobs, self.judge, [*sources, *chain])
+        sources = hashed(self.resolved, self._missing())
+        self.read_bytes += hash_sources(self.plan, self.jobs, self.judge, sources)
         self._settle()
         runners = {
             tokens.KIND: self._tokens,
@@ -87,9 +86,8 @@ class Stage:
             if todo:
                 self.seconds[step.kind] = seconds = runners[step.kind](step, todo)
                 if step.work > MEASURABLE:
-                    device = self.calibration.device
-                    threads = self.plan.budget.threads if device == "cpu" else 1
-                    self.cache.note_rate(rate_name(step.kind, device), step.work / seconds / threads)
+                    name = rate_name(step.kind, self.calibration.device)
+                    self.cache.note_rate(name, step.work / seconds / step.threads)
                 self._settle()
 
     def _environments(self) -> None:
@@ -148,9 +146,8 @@ class Stage:
         keys = {a.params.layer: self._key(a) for a in every}
         wanted = frozenset(a.params.layer for a in todo)
         states = self.store.root / "states" / keys[max(wanted)][:32]
-        tokens_, threads = self._output(self.calibration.tokens.action), self.plan.budget.threads
-        source = self.resolved.checkpoint
-        task = statistics.Task(source, tokens_, every[0].params, keys, wanted, states, step.spill, threads)
+        tokens_, source = self._output(self.calibration.tokens.action), self.resolved.checkpoint
+        task = statistics.Task(source, tokens_, every[0].params, keys, wanted, states, step.spill, step.threads)
         last = max(wanted) + 1
         with self.jobs.progress(f"{self.resolved.name}: calibration", last, last, "layers"):
             done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
@@ -161,7 +158,7 @@ class Stage:
 
     def _solve(self, step: Step, todo: list[Action]) -> float:
         items = tuple(self._item(action) for action in sorted(todo, key=lambda a: a.params.layer))
-        task = solve.Task(self.resolved.checkpoint, items, self.plan.budget.threads)
+        task = solve.Task(self.resolved.checkpoint, items, step.threads)
         with self.jobs.progress(f"{self.resolved.name}: {step.label}", len(items), len(items), "layers"):
             done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
         for action_id, digest in done.value.outputs.items():
@@ -193,8 +190,8 @@ class Stage:
             for a, output in zip(actions, made, strict=True)
         )
         states = self.store.root / "states" / items[-1].key[:32]
-        tokens_, threads = self._output(self.calibration.tokens.action), self.plan.budget.threads
-        task = propagate.Task(self.resolved.checkpoint, tokens_, items, states, step.spill, threads)
+        tokens_ = self._output(self.calibration.tokens.action)
+        task = propagate.Task(self.resolved.checkpoint, tokens_, items, states, step.spill, step.threads)
         with self.jobs.progress(f"{self.resolved.name} → {name}", len(items), len(items), "layers"):
             done = self.jobs.run(step.kind, f"{step.label} '{name}'", task, step.ram, step.vram)
         for action_id, digest in done.value.outputs.items():
@@ -222,7 +219,7 @@ class Stage:
             task = directory.Task(key, self.resolved.checkpoint, target.directory, target.scheme, solved)
             title = f"{self.resolved.name} → {target.name}"
             with self.jobs.progress(title, len(target.directory.files), target.directory.size, "files"):
-                done = self.jobs.run(step.kind, f"{step.label} '{target.name}'", task, step.ram, step.vram)
+                done = self.jobs.run(step.kind, f"writing '{target.name}'", task, step.ram, step.vram)
             self._note(target.action, done.value.tree)
             self.read_bytes += done.value.read_bytes
             self.written_bytes += done.value.written_bytes

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from qbuild import machine
-from qbuild.actions import backend, directory, evaluation, importance, propagate, solve, statistics, tokens
+from qbuild.actions import (
+    backend,
+    directory,
+    evaluation,
+    hashing,
+    importance,
+    propagate,
+    solve,
+    statistics,
+    tokens,
+    weights,
+)
 from qbuild.backends import footprint as libraries
 from qbuild.budget import Budget, Remedy, refuse
 from qbuild.calibrated import CalibratedTarget, Calibration
 from qbuild.calibration import extent, shapes
+from qbuild.digest import Digest
 from qbuild.evaluation import footprint
 from qbuild.graph import Action, Source
 from qbuild.lower import PARENT_RAM
@@ -21,15 +33,28 @@ from qbuild.vram import CONTEXT
 AFTER_ANOTHER = 192 << 20  # what the allocator keeps of the model measured before (measured: 151 MiB)
 DOWNLOAD = 1e7  # bytes a second that pip downloads and unpacks, about
 BUILTIN_BYTES = 1 << 17  # of the text that comes with qbuild, about
+STARTING = 4.0  # seconds of a worker that loads torch
+LEAST_SAMPLES = 8  # that are worth proposing
 
 RATES = {statistics.KIND: "forward", solve.KIND: "solve", propagate.KIND: "propagate"}
 
-__all__ = ["RATES", "Step", "evaluations", "missing", "rate_name", "steps"]
+__all__ = ["RATES", "Step", "evaluations", "hashed", "missing", "rate_name", "steps"]
 
 
 class State(Protocol):
     @property
     def state(self) -> str: ...
+
+
+class Judged(Protocol):
+    """What is stored, what is known of the source, and how fast this machine is."""
+
+    @property
+    def verdicts(self) -> Mapping[str, State]: ...
+
+    def digest(self, source: Source) -> Digest | None: ...
+
+    def rate(self, name: str) -> float: ...
 
 
 def rate_name(kind: str, device: str) -> str:
@@ -39,9 +64,9 @@ def rate_name(kind: str, device: str) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """One kind of job. ``ram`` and ``vram`` are the peak of its worker in bytes, ``disk`` what stays of it in the
-    store, ``temporary`` what is gone when it ends; ``count`` actions will run. ``notes``: what a user should know
-    before it begins."""
+    """One kind of job, ``count`` actions. In bytes: ``ram`` and ``vram``, the peak of its worker; ``read``, of the
+    source; ``disk``, what stays of it; ``temporary``, what is gone when it ends. ``notes``: how it runs, and what to
+    know before it begins."""
 
     kind: str
     label: str
@@ -51,6 +76,8 @@ class Step:
     disk: int = 0
     temporary: int = 0
     vram: int = 0
+    read: int = 0
+    threads: int = 1
     spill: bool = False
     work: float = 0.0  # floating-point operations, where a rate of this machine tells the seconds
     notes: tuple[str, ...] = ()
@@ -70,17 +97,27 @@ def missing(resolved: Resolved, verdicts: Mapping[str, State]) -> list[str]:
     return [action for action in resolved.graph.actions if action in want]
 
 
-def steps(
-    resolved: Resolved, verdicts: Mapping[str, State], budget: Budget, rate: Callable[[str], float]
-) -> tuple[Step, ...]:
+def hashed(resolved: Resolved, todo: Iterable[str]) -> Iterator[Source]:
+    """The sources whose digests must be known before the actions ``todo`` have keys: their own, and all weights."""
+    chain = (action.id for action in resolved.graph.actions.values() if action.kind == weights.KIND)
+    for action in dict.fromkeys((*todo, *chain)):
+        yield from _sources(resolved.graph.actions[action])
+
+
+def _sources(action: Action) -> Iterator[Source]:
+    return (item for _, item in action.inputs if isinstance(item, Source))
+
+
+def steps(resolved: Resolved, judge: Judged, budget: Budget) -> tuple[Step, ...]:
     """What a build must run before its GGUF pass. Raises BudgetRefused when a step can never fit."""
     if resolved.calibration is None:
         return ()
     todo: dict[str, list[Action]] = {}
-    for action_id in missing(resolved, verdicts):
+    ids = missing(resolved, judge.verdicts)
+    for action_id in ids:
         action = resolved.graph.actions[action_id]
         todo.setdefault(action.kind, []).append(action)
-    planner = _Planner(resolved, resolved.calibration, budget, rate)
+    planner = _Planner(resolved, resolved.calibration, budget, judge)
     makers = {
         tokens.KIND: planner.tokens,
         statistics.KIND: planner.statistics,
@@ -90,58 +127,94 @@ def steps(
         directory.KIND: planner.directories,
         backend.KIND: planner.backends,
     }
-    return tuple(make(todo[kind]) for kind, make in makers.items() if kind in todo)
+    made = tuple(make(todo[kind]) for kind, make in makers.items() if kind in todo)
+    planner.check(made)
+    unknown = {s for s in hashed(resolved, ids) if judge.digest(s) is None} if made else set()
+    return (*planner.hashing(unknown), *made)
 
 
-def evaluations(
-    resolved: Resolved, verdicts: Mapping[str, State], budget: Budget, rate: Callable[[str], float]
-) -> tuple[Step, ...]:
+def evaluations(resolved: Resolved, judge: Judged, budget: Budget) -> tuple[Step, ...]:
     """What measuring the targets takes, after they are made. Raises BudgetRefused when it can never fit."""
     asked = resolved.evaluation
-    todo = [] if asked is None else [name for name, a in asked.results.items() if verdicts[a].state != "hit"]
+    todo = [] if asked is None else [name for name, a in asked.results.items() if judge.verdicts[a].state != "hit"]
     if not todo or resolved.calibration is None:
         return ()
-    planner = _Planner(resolved, resolved.calibration, budget, rate)
-    return (planner.evaluation(todo),)
+    planner = _Planner(resolved, resolved.calibration, budget, judge)
+    made = (planner.evaluation(todo),)
+    planner.check(made)
+    return made
 
 
 class _Planner:
-    def __init__(
-        self, resolved: Resolved, calibration: Calibration, budget: Budget, rate: Callable[[str], float]
-    ) -> None:
-        self.resolved, self.calibration, self.budget = resolved, calibration, budget
+    def __init__(self, resolved: Resolved, calibration: Calibration, budget: Budget, judge: Judged) -> None:
+        self.resolved, self.calibration, self.budget, self.judge = resolved, calibration, budget, judge
         self.room, self.vram = budget.ram - PARENT_RAM, budget.vram - CONTEXT
         self.model, self.cuda = calibration.model, calibration.device == "cuda"
         self.shapes = {name: tensor.shape for name, tensor in resolved.checkpoint.tensors.items()}
-        self._rate = rate
         self.torch = shapes.BASE_CUDA - shapes.BASE if machine.has_torch() else 0  # more to load, on a CPU too
 
-    def rate(self, kind: str) -> float:
-        """Operations a second of what computes: all threads, or the device."""
-        name = rate_name(kind, self.calibration.device)
-        return self._rate(name) * (1 if self.cuda else self.budget.threads)
+    def check(self, made: Sequence[Step]) -> None:
+        """Raises BudgetRefused where a step can never fit: for the largest, so that what helps it helps all."""
+        worst = max(made, key=lambda step: step.ram, default=None)
+        if worst is not None and worst.ram > self.room:
+            passes = {statistics.KIND: self._forward, propagate.KIND: self._propagation}
+            smaller = (
+                [] if worst.spill or worst.kind not in passes else self._smaller(passes[worst.kind], worst.threads)
+            )
+            needs = worst.ram + PARENT_RAM
+            least = Remedy("the least it runs in", needs, f"budget.ram={-(-needs // (1 << 20))}MiB")
+            helping = [remedy for remedy in smaller if remedy.needs <= self.budget.ram]
+            raise refuse(worst.label, "RAM", needs, self.budget.ram, [*helping, least])
+
+    def rate(self, kind: str, threads: int) -> float:
+        """Operations a second of what computes: of ``threads``, or of the device."""
+        return self.judge.rate(rate_name(kind, self.calibration.device)) * (1 if self.cuda else threads)
+
+    def hashing(self, unknown: set[Source]) -> tuple[Step, ...]:
+        """Every key of a calibrated build rests on the source's bytes, so those that are not known are read first."""
+        nbytes = sum(source.nbytes for source in unknown)
+        seconds = nbytes / self.judge.rate("read")
+        return (Step("source.hash", "hashing", len(unknown), hashing.RAM, seconds, read=nbytes),) if unknown else ()
+
+    def _bytes(self, names: Iterable[str]) -> int:
+        return sum(self.resolved.checkpoint.tensors[name].nbytes for name in names)
+
+    def _layers_bytes(self, until: int) -> int:
+        """What a pass through the layers before ``until`` reads."""
+        names = (name for layer in self.model.layers[:until] for name in layer.tensors)
+        return self._bytes(names) + self._bytes(self.model.before)
 
     def tokens(self, todo: list[Action]) -> Step:
-        text = (
-            sum(i.nbytes for role, i in todo[0].inputs if isinstance(i, Source) and role.startswith("text ")) or 1 << 17
-        )
-        ram = tokens.ram(self.resolved.checkpoint.aux, text)
-        self._check("calibration tokens", ram, [])
-        return Step(tokens.KIND, "calibration tokens", 1, ram, 3.0)
+        """Of the calibration and of the evaluation, one after the other."""
+        aux = self.resolved.checkpoint.aux
+        sizes = [sum(s.nbytes for s in _sources(a) if s.name not in aux) or BUILTIN_BYTES for a in todo]
+        ram = max(tokens.ram(aux, nbytes) for nbytes in sizes)
+        return Step(tokens.KIND, "calibration tokens", len(todo), ram, STARTING * len(todo))
 
     def statistics(self, todo: list[Action]) -> Step:
-        spill, needs = self._pass("calibration", self._forward)
+        step, needs = self._pass("calibration", self._forward)
         kept = sum(self.model.layers[a.params.layer].statistics_bytes(self.calibration.detail) for a in todo)
         last = max(a.params.layer for a in todo) + 1
         flops = sum(layer.flops(self.calibration.detail) for layer in self.model.layers[:last]) * self.positions
-        seconds = flops / self.rate(statistics.KIND) + 4.0
-        label = f"calibration of {len(todo)} layers"
-        held = self._held(needs)
-        return Step(statistics.KIND, label, len(todo), needs.ram, seconds, kept, self.states, held, spill, flops)
+        return Step(
+            statistics.KIND,
+            f"calibration of {len(todo)} layers",
+            len(todo),
+            needs.ram,
+            STARTING + flops / self.rate(statistics.KIND, step.threads),
+            kept,
+            self.states,
+            self._held(needs),
+            self._layers_bytes(last),
+            step.threads,
+            step.spill,
+            flops,
+            (f"one pass over {_how(step)}",),
+        )
 
     def propagate(self, todo: list[Action]) -> Step:
         """Targets one after another: each runs the layers up to its last missing one."""
-        spill, needs = self._pass("quantizing with error propagation", self._propagation)
+        step, needs = self._pass("quantizing with error propagation", self._propagation)
         last: dict[solve.Params, int] = {}
         work, kept = 0.0, 0
         for asked in (a.params.rounding for a in todo):
@@ -151,10 +224,21 @@ class _Planner:
             kept += layer.code_bytes(asked.bits, asked.group_size)
         for until in last.values():
             work += sum(layer.propagation_flops() for layer in self.model.layers[:until]) * self.positions
-        seconds = work / self.rate(propagate.KIND) + 4.0 * len(last)
-        label = f"quantizing {len(todo)} layers with error propagation"
-        held = self._held(needs)
-        return Step(propagate.KIND, label, len(todo), needs.ram, seconds, kept, 2 * self.states, held, spill, work)
+        return Step(
+            propagate.KIND,
+            f"quantizing {len(todo)} layers with error propagation",
+            len(todo),
+            needs.ram,
+            STARTING * len(last) + work / self.rate(propagate.KIND, step.threads),
+            kept,
+            2 * self.states,
+            self._held(needs),
+            sum(self._layers_bytes(until) for until in last.values()),
+            step.threads,
+            step.spill,
+            work,
+            (f"one pass for each target over {_how(step)}",),
+        )
 
     @property
     def positions(self) -> int:
@@ -164,31 +248,39 @@ class _Planner:
     @property
     def states(self) -> int:
         """Bytes on disk of a model's hidden states, old and new."""
-        return 2 * self.positions * self.model.hidden * 4
+        return 2 * self.positions * self.model.hidden * shapes.ITEM[self.resolved.config.calibration.dtype]
 
-    def _pass(self, who: str, needs: Callable[[shapes.Step], extent.Device]) -> tuple[bool, extent.Device]:
-        """Hidden states stay in RAM where they fit, else on disk; ``calibration.spill`` decides where it is given."""
+    def _pass(self, who: str, needs: Callable[[shapes.Step], extent.Device]) -> tuple[shapes.Step, extent.Device]:
+        """Hidden states stay in RAM where they fit, else on disk, and fewer windows are run at once where that does not
+        fit either; ``calibration.spill`` decides the first where it is given."""
         wanted = self.resolved.config.calibration
-        samples = int(wanted.samples)
         choices = (False, True) if wanted.spill is None else (wanted.spill,)
-        found = {spill: needs(self._step(samples, spill)) for spill in choices}
-        spill = next((s for s in choices if found[s].ram <= self.room), choices[-1])
-        remedies = []
-        if not spill:
-            spilled = needs(self._step(samples, True)).ram
-            remedies.append(Remedy("spill hidden states to disk", spilled, "calibration.spill=true"))
-            fewer = self._fewer(samples, needs)
-            if fewer:
-                less = needs(self._step(fewer, False)).ram
-                remedies.append(Remedy(f"fewer samples ({samples} → {fewer})", less, f"calibration.samples={fewer}"))
-        self._check(who, found[spill].ram, remedies)
-        step = self._step(samples, spill)
+        ways = [self._step(int(wanted.samples), t, s) for t in _halved(self._threads) for s in choices]
+        step = next((way for way in ways if needs(way).ram <= self.room), ways[-1])
         shorter = replace(step, length=max(1, step.length // 2))
         smaller = {f"calibration.length={shorter.length}": needs(shorter)}
         if step.dtype == "float32":
             smaller["calibration.dtype=bfloat16"] = needs(replace(step, dtype="bfloat16"))
-        self._check_device(who, found[spill], smaller)
-        return spill, found[spill]
+        self._check_device(who, needs(step), smaller)
+        return step, needs(step)
+
+    @property
+    def _threads(self) -> int:
+        return 1 if self.cuda else self.budget.threads
+
+    def _smaller(self, needs: Callable[[shapes.Step], extent.Device], threads: int) -> list[Remedy]:
+        """What helps where hidden states must stay in RAM and do not fit."""
+        samples = int(self.resolved.config.calibration.samples)
+
+        def whole(samples: int, spill: bool) -> int:
+            return needs(self._step(samples, threads, spill)).ram + PARENT_RAM
+
+        found = [Remedy("spill hidden states to disk", whole(samples, True), "calibration.spill=true")]
+        fewer = next((n for n in _halved(samples) if whole(n, False) <= self.budget.ram), 0)
+        if fewer >= LEAST_SAMPLES:
+            what = f"fewer samples ({samples} → {fewer})"
+            found.append(Remedy(what, whole(fewer, False), f"calibration.samples={fewer}"))
+        return found
 
     def _forward(self, step: shapes.Step) -> extent.Device:
         config = self.resolved.checkpoint.config
@@ -207,16 +299,9 @@ class _Planner:
             return extent.device_solve(layer, rounding)
         return extent.Device(self.torch + extent.solve_ram(layer), 0)
 
-    def _step(self, samples: int, spill: bool) -> shapes.Step:
+    def _step(self, samples: int, threads: int, spill: bool) -> shapes.Step:
         wanted, gram = self.resolved.config.calibration, self.calibration.detail == "gram"
-        return shapes.Step(samples, int(wanted.length), wanted.dtype, gram, spill, threads=self.budget.threads)
-
-    def _fewer(self, samples: int, needs: Callable[[shapes.Step], extent.Device]) -> int:
-        """The largest power of two of samples that fits, or 0."""
-        fewer = 1 << (samples.bit_length() - 1)
-        while fewer >= 8 and needs(self._step(fewer, False)).ram > self.room:
-            fewer //= 2
-        return fewer if 8 <= fewer < samples else 0
+        return shapes.Step(samples, int(wanted.length), wanted.dtype, gram, spill, threads=threads)
 
     def solve(self, todo: list[Action]) -> Step:
         layers = [(self.model.layers[a.params.layer], a.params) for a in todo]
@@ -225,25 +310,35 @@ class _Planner:
             key=lambda found: (found.vram, found.ram),
         )
         label = f"quantizing {len(todo)} layers"
-        self._check(label, needs.ram, [])
         self._check_device(label, needs, {})
         work = sum(layer.solve_flops(params.rounding, scaled=params.scaled) for layer, params in layers)
-        kept = sum(layer.code_bytes(params.bits, params.group_size) for layer, params in layers)
-        seconds = work / self.rate(solve.KIND) + 3.0
-        return Step(solve.KIND, label, len(todo), needs.ram, seconds, kept, vram=self._held(needs), work=work)
+        return Step(
+            solve.KIND,
+            label,
+            len(todo),
+            needs.ram,
+            STARTING + work / self.rate(solve.KIND, self._threads),
+            sum(layer.code_bytes(params.bits, params.group_size) for layer, params in layers),
+            vram=self._held(needs),
+            read=sum(self._bytes(layer.tensors) for layer, _ in layers),
+            threads=self._threads,
+            work=work,
+        )
 
     def matrix(self, todo: list[Action]) -> Step:
         ram = importance.RAM + 2 * max(layer.statistics_bytes(self.calibration.detail) for layer in self.model.layers)
-        self._check("the importance matrix", ram, [])
-        return Step(importance.KIND, "the importance matrix", len(todo), ram, 1.0)
+        size = sum(4 * width for layer in self.model.layers for width in layer.inputs)
+        return Step(importance.KIND, "the importance matrix", len(todo), ram, 1.0, size)
 
     def directories(self, todo: list[Action]) -> Step:
         made = {a.id for a in todo}
         targets = [t for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.action in made]
         ram = self.torch + directory.RAM + 3 * max(layer.weights for layer in self.model.layers)
-        self._check("writing " + ", ".join(f"'{t.name}'" for t in targets), ram, [])
-        seconds = sum(t.nbytes for t in targets) / self._rate("write") + 4.0
-        return Step(directory.KIND, "writing", len(todo), ram, seconds)
+        size = sum(t.nbytes for t in targets)
+        planned = [t.directory for t in targets if t.directory is not None]
+        read = sum(self._bytes(i.source for file in one.files for i in file.items if not i.linear) for one in planned)
+        seconds = STARTING * len(todo) + size / self.judge.rate("write")
+        return Step(directory.KIND, "writing directories", len(todo), ram, seconds, size, read=read)
 
     def backends(self, todo: list[Action]) -> Step:
         """Other libraries, one target after the other; their environments are made where they are not there yet."""
@@ -255,19 +350,17 @@ class _Planner:
         tokens_ = int(wanted.samples) * int(wanted.length)
         needs = [libraries.needs(params.backend, self.model, tokens_, params.device) for params in made.values()]
         ram, vram = max(need.ram for need in needs), max(need.vram for need in needs)
-        self._check(names, ram, [])
         if vram > self.budget.vram:
             raised = Remedy("a larger device", vram, f"budget.vram={-(-vram // (1 << 20))}MiB")
             raise refuse(names, "VRAM", vram, self.budget.vram, [raised])
-        threads = self.budget.threads if self.calibration.device == "cpu" else 1
-        seconds = sum(need.seconds / threads for need in needs) + sum(e.download / DOWNLOAD for e in lacking)
+        seconds = sum(need.seconds / self._threads for need in needs) + sum(e.download / DOWNLOAD for e in lacking)
         return Step(
             backend.KIND,
             names,
             len(todo),
             ram,
             seconds,
-            sum(e.disk for e in lacking),
+            sum(e.disk for e in lacking) + sum(t.nbytes for t in targets),
             max(t.nbytes for t in targets),
             vram,
             notes=tuple(sorted(e.announcement() for e in lacking)),
@@ -286,7 +379,6 @@ class _Planner:
 
         label, found = f"evaluation of {len(todo)} targets", needs(text)
         ram = found.ram + (AFTER_ANOTHER if len(todo) > 1 else 0)
-        self._check(label, ram, [])
         shorter = replace(text, length=max(4, text.length // 2))
         smaller = {f"evaluation.length={shorter.length}": needs(shorter)}
         if text.dtype == "float32":
@@ -294,8 +386,9 @@ class _Planner:
         self._check_device(label, found, smaller)
         flops = 2.0 * self.model.weights * text.windows * text.length * (len(todo) + 1)
         kept = footprint.states_bytes(checkpoint.config, text)
-        seconds = flops / self.rate(statistics.KIND) + 4.0
-        return Step(evaluation.RESULT, label, len(todo), ram, seconds, kept, vram=self._held(found))
+        seconds = STARTING + flops / self.rate(statistics.KIND, self._threads)
+        note = f"{text.windows} windows of {text.length} tokens; the source once, each target once"
+        return Step(evaluation.RESULT, label, len(todo), ram, seconds, kept, vram=self._held(found), notes=(note,))
 
     def _held(self, needs: extent.Device) -> int:
         """Of the device's memory, with what a process takes before it allocates."""
@@ -315,9 +408,15 @@ class _Planner:
         remedies = [*helping, raised, Remedy("compute on the CPU", 0, "device=cpu")]
         raise refuse(who, "VRAM", whole, self.budget.vram, remedies)
 
-    def _check(self, who: str, ram: int, remedies: list[Remedy]) -> None:
-        if ram > self.room:
-            needs = ram + PARENT_RAM
-            raised = f"budget.ram={-(-needs // (1 << 20))}MiB"
-            helping = [r for r in remedies if r.needs <= self.room]
-            raise refuse(who, "RAM", needs, self.budget.ram, [*helping, Remedy("the least it runs in", needs, raised)])
+
+def _how(step: shapes.Step) -> str:
+    """A pass in words."""
+    where = "on disk" if step.spill else "in RAM"
+    return f"{step.windows} windows of {step.length} tokens, hidden states {where}"
+
+
+def _halved(number: int) -> Iterator[int]:
+    """The number, its half, and so on to 1."""
+    while number:
+        yield number
+        number //= 2

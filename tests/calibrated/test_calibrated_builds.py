@@ -146,7 +146,7 @@ def test_error_propagation_is_a_chain_of_the_targets_own(build: Build, model: Pa
 def test_error_propagation_is_planned_with_its_memory(attempt: Callable[..., Done]) -> None:
     words = ["plan", "target=gptq/w4_g64", "targets.gptq_w4_g64.propagate=true"]
     steps = {step["kind"]: step for step in attempt(*words).document["steps"]}
-    assert set(steps) == {"calibration.tokens", "quant.propagated", "checkpoint.directory"}
+    assert set(steps) == {"source.hash", "calibration.tokens", "quant.propagated", "checkpoint.directory"}
     assert steps["quant.propagated"]["count"] == 3
     refused(attempt(*words, "budget.ram=300MiB"), 3, "error propagation", "budget.ram=")
 
@@ -173,11 +173,15 @@ def test_a_damaged_file_of_a_directory_is_made_again(build: Build) -> None:
     assert path.read_bytes() == good
 
 
-def test_a_plan_counts_one_pass_and_reads_no_weights(attempt: Callable[..., Done]) -> None:
-    done = attempt("plan", "target=[awq/w4_g64,gguf/q4_k_m]", "targets.q4_k_m.imatrix=auto")
+def test_a_plan_counts_one_pass_and_what_will_be_read(attempt: Callable[..., Done]) -> None:
+    words = "target=[awq/w4_g64,gguf/q4_k_m]", "targets.q4_k_m.imatrix=auto", "budget.threads=1"
+    done = attempt("plan", *words)
     steps = {step["kind"]: step["count"] for step in done.document["steps"]}
-    assert steps == ONCE | {"quant.layer": 3, "calibration.imatrix": 1, "checkpoint.directory": 1}
+    made = {"quant.layer": 3, "calibration.imatrix": 1, "checkpoint.directory": 1, "gguf.pass": 1}
+    assert steps == ONCE | made | {"source.hash": 29}
     assert done.document["predicted"]["ram"] > 100 << 20
+    read = attempt(*words).document["totals"]["read_bytes"]  # norms that took over a scale are not read again
+    assert done.document["predicted"]["read_bytes"] == pytest.approx(read, rel=1e-3)
 
 
 def test_targets_are_measured_against_their_source_once(build: Build, project: Path) -> None:

@@ -23,19 +23,18 @@ def target(name: str, state: str = "run", **changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def planned(*targets: dict[str, Any]) -> dict[str, Any]:
+def step(label: str, **changes: Any) -> dict[str, Any]:
+    return {"label": label, "ram": 3 << 30, "disk": 5 << 30, "temporary": 0, "seconds": 58.0, "notes": ()} | changes
+
+
+def planned(*targets: dict[str, Any], steps: tuple[dict[str, Any], ...] = (step("writing GGUF files"),)) -> Any:
     return {
         "model": {"name": "Llama-2-7b", "source": "meta-llama/Llama-2-7b-hf"},
         "out": "/somewhere/outputs/Llama-2-7b",
         "budget": {"ram": 16 << 30, "vram": 0, "disk": 80 << 30, "threads": 8},
         "predicted": {"ram": 400 << 20, "vram": 0, "disk": 4 << 30, "read_bytes": 12 << 30, "seconds": 58.0},
         "strategy": {"chunk_bytes": 1 << 23, "threads": 8},
-        "steps": [
-            {
-                "kind": "quant.backend",
-                "notes": ["autoawq 0.2.9 runs in an environment of its own: 70 packages, " + "x" * 40],
-            }
-        ],
+        "steps": list(steps),
         "targets": {t["name"]: t for t in targets},
     }
 
@@ -50,13 +49,26 @@ def test_a_plan_says_sizes_needs_and_time() -> None:
 
 
 def test_a_plan_with_nothing_to_do_says_so() -> None:
-    text = render.plan(planned(target("q4_k_m", "hit")))
+    text = render.plan(planned(target("q4_k_m", "hit"), steps=()))
     assert text.endswith("nothing to do\n")
     assert "budget" not in text
 
 
+def test_a_plan_of_several_steps_says_what_each_takes_and_how_it_runs() -> None:
+    note = "one pass over 128 windows of 512 tokens, hidden states on disk"
+    ahead = step("calibration of 32 layers", temporary=2 << 30, seconds=7500, notes=[note])
+    text = render.plan(planned(target("q4_k_m"), steps=(ahead, step("writing GGUF files"))))
+    lines = text.splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("step "))
+    assert re.split("  +", lines[at + 1]) == ["calibration of 32 layers", "3.0 GiB", "5.0 GiB", "2.0 GiB", "2 h 05 min"]
+    assert lines[at + 2] == f"  {note}"
+    assert re.split("  +", lines[at + 3]) == ["writing GGUF files", "3.0 GiB", "5.0 GiB", "-", "58 s"]
+    assert "step" not in render.plan(planned(target("q4_k_m")))
+
+
 def test_tables_fit_80_columns() -> None:
-    text = render.plan(planned(target("q4_k_m"), target("iq2_xxs")))
+    steps = step("calibration of 126 layers", seconds=1e6), step("writing GGUF files", disk=999 << 30)
+    text = render.plan(planned(target("q4_k_m"), target("iq2_xxs"), steps=steps))
     paths = [line for line in text.splitlines() if "/somewhere" in line]
     assert max(len(line) for line in text.splitlines() if line not in paths) <= 80
 
