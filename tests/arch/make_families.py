@@ -27,9 +27,10 @@ from qbuild.gguffile import GGUFType, encode_kv, header
 DATA = Path(__file__).parent.parent / "data"
 SENTENCEPIECE, BPE = DATA / "tiny-llama", DATA / "arch" / "bpe"
 TYPES = ("Q4_K_M", "F16")
-MORE_TYPES = {"mixtral-8": ("MXFP4_MOE",), "qwen2moe": ("MXFP4_MOE",)}
+MORE_TYPES = dict.fromkeys(("mixtral-8", "qwen2moe", "qwen3moe", "qwen3moe-fused"), ("MXFP4_MOE",))
 WEIGHED = {  # what is also made with an importance matrix, each expert of a stack with its own sums
-    "mixtral-8": ("Q4_K_M", "IQ2_M", "Q5_1"),
+    "mixtral-8": ("Q4_K_M", "IQ2_M", "Q5_1", "Q2_K", "IQ1_M", "IQ2_XXS", "IQ3_XXS", "MXFP4_MOE"),
+    "qwen3moe": ("Q5_K_M", "IQ3_XXS", "MXFP4_MOE"),
     "qwen3moe-fused": ("Q4_0", "IQ3_M"),
     "granite-moe-shared": ("Q4_K_M", "IQ4_NL"),
     "deepseek2-lite": ("Q4_0",),
