@@ -29,7 +29,7 @@ def place(source: Path, dest: Path, mode: str, digest: Digest) -> str:
         dest.parent.mkdir(parents=True, exist_ok=True)
         if dest.is_dir():
             raise ConfigError(str(dest), "is a folder, a file is to be written there", ELSEWHERE)
-        beside = dest.with_name(f".{dest.name[:200]}.{os.urandom(6).hex()}")
+        beside = dest.with_name(f".qbuild-{os.urandom(8).hex()}")  # a name may be as long as a name can be already
         try:
             how = _make(source, beside, mode, digest)
             beside.replace(dest)

@@ -204,12 +204,9 @@ class Store:
 
     def _rehash(self, digest: Digest) -> bool:
         """Hash a blob. Right: its stamps are taken again. Wrong: it is dropped."""
-        path = self.blob_path(digest)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
+        with _reading(self.blob_path(digest)) as fd:
+            if fd is None:
+                return False
             before, hasher = os.fstat(fd), Hasher()
             hash_range(fd, 0, before.st_size, hasher.update)
             if hasher.digest() != digest:
@@ -219,8 +216,6 @@ class Store:
                 with self.index.writing() as db:
                     self._stamp(db, digest, before)
             return True
-        finally:
-            os.close(fd)
 
     def _drop_damaged(self, digest: Digest, inode: int) -> None:
         """A blob whose bytes are wrong stops being one. Slices that are still right stay usable from a partial."""
@@ -361,6 +356,8 @@ class Store:
 
             try:
                 hash_range(fd, place.offset, place.length, feed)
+            except OSError as error:
+                raise _unreadable(error, place.path) from None
             finally:
                 os.close(fd)
             if hasher.digest() == digest:
@@ -843,7 +840,11 @@ class Partial:
             self._spans = [span for span in self._spans if span not in gone]
 
     def read_at(self, offset: int, into: memoryview) -> None:
-        if not read_exact(self.fd, into, offset):
+        try:
+            whole = read_exact(self.fd, into, offset)
+        except OSError as error:
+            raise _unreadable(error, self.path) from None
+        if not whole:
             raise StoreError(str(self.path), "shorter than it was reserved", "run again: it is made anew")
 
     def finished(self, digest: Digest, offset: int) -> None:
@@ -934,20 +935,32 @@ def _files_to_keep(
     return keep
 
 
-def _digest_of(path: Path) -> Digest | None:
-    """The digest of a whole file, None where it is gone."""
+@contextmanager
+def _reading(path: Path) -> Iterator[int | None]:
+    """A file open for reading, None where it is gone. What its disk does not give is a StoreError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return None
+        yield None
+        return
+    except OSError as error:
+        raise _unreadable(error, path) from None
     try:
-        hasher = Hasher()
-        hash_range(fd, 0, os.fstat(fd).st_size, hasher.update)
-        return hasher.digest()
+        yield fd
     except OSError as error:
         raise _unreadable(error, path) from None
     finally:
         os.close(fd)
+
+
+def _digest_of(path: Path) -> Digest | None:
+    """The digest of a whole file, None where it is gone."""
+    with _reading(path) as fd:
+        if fd is None:
+            return None
+        hasher = Hasher()
+        hash_range(fd, 0, os.fstat(fd).st_size, hasher.update)
+        return hasher.digest()
 
 
 def _difference(wanted: Digest, found: Digest) -> str:
@@ -961,12 +974,7 @@ def _unreadable(error: OSError, path: Path) -> StoreError:
 
 
 def _slice_is(path: Path, offset: int, digest: Digest) -> bool:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
+    with _reading(path) as fd:
         hasher = Hasher()
-        return hash_range(fd, offset, digest.size, hasher.update) and hasher.digest() == digest
-    finally:
-        os.close(fd)
+        whole = fd is not None and hash_range(fd, offset, digest.size, hasher.update)
+    return whole and hasher.digest() == digest

@@ -103,6 +103,14 @@ def test_targets_that_differ_only_in_how_codes_are_found_do_not_wait_for_each_ot
     assert one["digest"] != two["digest"]
 
 
+def test_a_file_in_shards_is_as_far_from_its_source_as_the_whole_file(build: Build, text: Path) -> None:
+    words = [f"evaluation.source={text}", "evaluation.samples=2", "evaluation.length=64"]
+    whole = build("target=gguf/q8_0", *words)["evaluation"]["targets"]["q8_0"]
+    cut = build("target=gguf/q8_0", "targets.q8_0.max_shard_size=1MB", *words)
+    assert actions(cut) == {"evaluation.result": 1}
+    assert cut["evaluation"]["targets"]["q8_0"] == whole
+
+
 def test_shards_that_a_build_no_longer_has_go(build: Build) -> None:
     sharded = Path(
         build("target=gptq/w4_g64", "targets.gptq_w4_g64.max_shard_size=500KB")["targets"]["gptq_w4_g64"]["path"]

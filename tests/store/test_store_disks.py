@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from store_kit import digest_of, packed
 
 from qbuild import fsutil
 from qbuild.cache import ActionCache, ActionResult
+from qbuild.digest import Digest
 from qbuild.errors import StoreError
 from qbuild.store import Store
 
@@ -174,3 +175,45 @@ def test_reservation_is_real_here(store: Store):
         assert partial.path.stat().st_blocks * 512 >= MIB
     with store.partial("empty", 0) as partial:
         assert partial.path.stat().st_size == 0
+
+
+READS: dict[str, Callable[[Store, Digest, Digest], object]] = {
+    "a blob whose time stamps moved": lambda store, whole, part: store.check_blob(whole),
+    "bytes": lambda store, whole, part: store.read_bytes(part),
+    "everything": lambda store, whole, part: list(store.verify()),
+    "a copy": lambda store, whole, part: store.link_out(whole, store.root.parent / "out.gguf", "copy"),
+}
+
+
+@pytest.mark.parametrize("what", READS)
+def test_a_disk_that_does_not_give_bytes_is_named(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    whole, parts, _ = packed(store)
+    os.utime(store.blob_path(whole))
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(StoreError, match="cannot be read: Input/output error"):
+        READS[what](store, whole, parts[1])
+    monkeypatch.undo()
+    assert store.check_blob(whole)  # nothing was dropped for it
+
+
+def test_a_slice_of_an_unfinished_file_that_the_disk_does_not_give_is_not_forgotten(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, digest = digest_of(1)
+    with store.partial("unfinished", len(data)) as partial:
+        partial.write_at(0, data)
+        partial.finished(digest, 0)
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(StoreError, match="cannot be read"):
+        list(store.verify())
+    monkeypatch.undo()
+    assert store.read_bytes(digest) == data

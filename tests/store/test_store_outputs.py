@@ -397,3 +397,11 @@ def test_stats_count(store: Store, tmp_path: Path):
         stats = store.stats()
     assert (stats.blobs, stats.blob_bytes, stats.partials, stats.partial_bytes) == (1, 4000, 1, 10)
     assert (stats.slices, stats.results, stats.outputs) == (len(slices), 0, 1)
+
+
+@pytest.mark.parametrize("name", ["模" * 83 + ".gguf", "n" * 250 + ".gguf"])
+def test_a_name_as_long_as_the_file_system_takes(store: Store, tmp_path: Path, name: str):
+    whole, _, data = packed(store)
+    store.link_out(whole, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == data
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [name]
