@@ -159,11 +159,14 @@ def _condensed(plan: Plan) -> tuple[dict[str, str], list[tuple[str, str]]]:
 def _calibrated(
     target: CalibratedTarget, resolved: Resolved, verdicts: Mapping[str, Verdict], nodes: dict[str, str]
 ) -> list[tuple[str, str]]:
-    """Below a calibrated target: its solved layers, the statistics they rest on, the tokens."""
+    """Below a calibrated target: its solved layers, the statistics they rest on, the tokens. Another library reads the
+    source and the tokens."""
     if resolved.calibration is None:
         return []
-    layers = [output.action for output in resolved.calibration.statistics]
     nodes["tokens"] = f"calibration tokens: {verdicts['tokens'].state}"
+    if target.environment is not None:
+        return [("source", target.action), ("tokens", target.action)]
+    layers = [output.action for output in resolved.calibration.statistics]
     nodes["statistics"] = f"statistics of {len(layers)} layers: {_states(layers, verdicts)}"
     edges = [("source", "statistics"), ("tokens", "statistics")]
     if set(target.tensors) == set(layers):

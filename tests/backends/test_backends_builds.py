@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -143,6 +144,11 @@ def test_what_a_library_wrote_is_laid_out_as_our_own_directories_are_and_made_on
     assert made["peak_ram"] > 0
     assert not list((project.parent / "cache" / "qbuild" / "store" / "backends").iterdir())
 
+    shown = build("graph", *settings)["graph"]
+    assert shown.splitlines()[1:] == [
+        f"├─ {project / 'tiny-llama'} (29 tensors)", "└─ calibration tokens: hit",
+    ]  # fmt: skip
+
     (library / "asked.json").unlink()
     assert build(*settings)["totals"]["actions"] == {}
     assert not (library / "asked.json").exists()
@@ -174,6 +180,24 @@ def test_a_backend_is_measured_as_every_target_is(build: Build, library: Path, p
     words = [f"evaluation.source={project / 'text.txt'}", "evaluation.samples=2", "evaluation.length=64"]
     made = build("target=gptq/w4_g64", BACKEND, *words)
     assert made["evaluation"]["targets"]["gptq_w4_g64"]["kl"] > 0.1  # codes that are all alike
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "target"), [("autoawq", "awq/w4_g64"), ("gptqmodel", "gptq/w4_g64")])
+def test_a_real_library_makes_a_model_like_its_source(build: Build, project: Path, backend: str, target: str) -> None:
+    """Where its environment was made before (QBUILD_TEST_BACKENDS: a backend.dir); making it takes minutes and GiBs.
+
+    AutoAWQ as it is, without its driver's mending, destroys a model on a CPU."""
+    made = environment(backend, Path(os.environ.get("QBUILD_TEST_BACKENDS", "environments")).absolute())
+    if not made.ready:
+        pytest.skip(f"{made.path} is not there")
+    name = target.replace("/", "_")
+    words = [f"evaluation.source={project / 'text.txt'}", "evaluation.samples=4", "evaluation.length=64"]
+    words += [f"backend.dir={made.path.parent}", f"target={target}"]
+    measured = [
+        build(*words, f"targets.{name}.backend={b}")["evaluation"]["targets"][name] for b in ("native", backend)
+    ]
+    assert measured[1]["kl"] < 2 * measured[0]["kl"]
 
 
 # what goes wrong -----------------------------------------------------------------------------------------------------
@@ -213,6 +237,13 @@ def test_an_environment_that_is_there_costs_a_plan_no_disk(attempt: Callable[...
     done = attempt("plan", "target=gptq/w4_g64", BACKEND)
     assert done.document["steps"][-1]["notes"] == []
     assert done.document["predicted"]["disk"] < 1 << 30
+
+
+@pytest.mark.slow
+def test_a_library_over_the_memory_budget_is_stopped(attempt: Callable[..., Done], library: Path) -> None:
+    (library / "fault").write_text("held = b'1' * (2 << 30); import time; time.sleep(20)")
+    done = attempt("target=gptq/w4_g64", BACKEND, "budget.ram=1400MiB")
+    refused(done, 1, "stopped: it went over its RAM budget")
 
 
 @pytest.mark.slow
