@@ -719,15 +719,18 @@ class Store:
         return held is None
 
     def _needed(self, roots: set[str]) -> set[str]:
-        """Roots, outputs that exist, and the stored inputs of whatever made them."""
+        """Roots, outputs that exist, the stored inputs of whatever made them, and what else that made: of a directory
+        the list of its files."""
         needed = set(roots)
         needed.update(str(row.digest) for row in self.outputs() if row.path.exists())
         with self.index.reading() as db:
-            rows = db.execute("SELECT outputs, inputs FROM results WHERE inputs != '[]'").fetchall()
+            rows = db.execute(
+                "SELECT outputs, inputs FROM results WHERE inputs != '[]' OR outputs LIKE '%,%'"
+            ).fetchall()
         made_from: dict[str, set[str]] = {}
-        for outputs, inputs in rows:
-            for output in json.loads(outputs):
-                made_from.setdefault(output, set()).update(json.loads(inputs))
+        for outputs, inputs in ((json.loads(outputs), json.loads(inputs)) for outputs, inputs in rows):
+            for output in outputs:
+                made_from.setdefault(output, set()).update(inputs, outputs)
         todo = list(needed)
         while todo:
             new = made_from.get(todo.pop(), set()) - needed
