@@ -42,8 +42,9 @@ def recode(
     ``values`` are those of now and ``slope`` half the gradient of the loss there, float32 [columns, out]; ``own``
     [columns, columns] is the group's part of the Hessian, ``scale`` and ``zero`` [out] its grid.
     """
-    slope, codes = slope.clone(), torch.empty_like(values)
-    for at, value in enumerate(values):
-        codes[at], better = quantize(value - slope[at] / own[at, at], scale, zero, top)
-        slope.addr_(own[:, at], better - value)
-    return codes
+    steps, slope, codes = (values / scale).round_(), slope / scale, torch.empty_like(values)
+    low, high = -zero, top - zero
+    for at, (step, curve) in enumerate(zip(steps, own.diagonal().tolist(), strict=True)):
+        torch.clamp(torch.sub(step, slope[at], alpha=1 / curve).round_(), low, high, out=codes[at])
+        slope[at + 1 :].addr_(own[at + 1 :, at], codes[at] - step)
+    return codes.add_(zero)

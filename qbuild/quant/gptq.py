@@ -19,13 +19,13 @@ from qbuild.errors import ActionFailed
 from qbuild.quant import columns as columns_
 from qbuild.quant.codes import Codes
 from qbuild.quant.grid import Grid, fit
+from qbuild.quant.team import Team, split
 
 __all__ = ["ORDERS", "Curvature", "columns_of", "curvature", "descend", "gptq", "rounded", "toward"]
 
 ORDERS = ("natural", "activation", "group", "indexed")
 SHARE = 0.5  # of what was lost before a linear that it makes good: see ``toward``
 BLOCK = 128  # columns between two updates of all that follow
-ROWS = 4096  # rows are independent: so many at a time bound the memory
 UNFIT = "the Gram matrix cannot be factored", "use more calibration samples, or more damping"
 RETRIES = 9  # with ten times the damping each, where the Gram matrix is not positive definite
 
@@ -65,7 +65,9 @@ def curvature(gram: torch.Tensor, size: int, order: str, damping: float) -> Curv
     raise ActionFailed("gptq", *UNFIT)
 
 
-def gptq(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: str, damping: float, sweeps: int = 3) -> Codes:
+def gptq(
+    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: str, damping: float, team: Team, sweeps: int = 3
+) -> Codes:
     """Codes of ``weight`` float32 [out, in] for inputs with ``gram``; see ``curvature``, and ``descend`` for sweeps.
 
     ``order`` may also be indexed: columns are sorted by their diagonal and groups are made of what is adjacent then
@@ -74,8 +76,8 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: str, dampi
     if order == "indexed":
         columns = _order(gram.diagonal(), columns_of(grid, weight), "activation")
         sorted_gram = gram[columns[:, None], columns]
-        return _scattered(gptq(weight[:, columns], sorted_gram, grid, "natural", damping, sweeps), columns)
-    return rounded(weight, curvature(gram, columns_of(grid, weight), order, damping), grid, sweeps)
+        return _scattered(gptq(weight[:, columns], sorted_gram, grid, "natural", damping, team, sweeps), columns)
+    return rounded(weight, curvature(gram, columns_of(grid, weight), order, damping), grid, team, sweeps)
 
 
 def columns_of(grid: Grid, weight: torch.Tensor) -> int:
@@ -83,13 +85,16 @@ def columns_of(grid: Grid, weight: torch.Tensor) -> int:
     return weight.shape[1] if grid.group_size == -1 else grid.group_size
 
 
-def rounded(weight: torch.Tensor, seen: Curvature, grid: Grid, sweeps: int = 3) -> Codes:
+def rounded(weight: torch.Tensor, seen: Curvature, grid: Grid, team: Team, sweeps: int = 3) -> Codes:
     """As ``gptq``, of an input whose curvature is known: linears that read one input share it."""
     size = columns_of(grid, weight)
-    parts = [_solved(rows, seen, grid, size, sweeps) for rows in weight.split(ROWS)]
-    codes, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
-    made = codes.to(torch.uint8), scales.half(), zeros.to(torch.uint8)
-    return Codes(*made, grid.bits, size, grid.symmetric)
+
+    def solved(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        codes, scales, zeros = _solved(rows, seen, grid, size, sweeps)
+        return codes.to(torch.uint8), scales.half(), zeros.to(torch.uint8)
+
+    codes, scales, zeros = (torch.cat(part) for part in zip(*team.map(solved, split(weight)), strict=True))
+    return Codes(codes, scales, zeros, grid.bits, size, grid.symmetric)
 
 
 def toward(weight: torch.Tensor, gram: torch.Tensor, drift: torch.Tensor, damping: float) -> torch.Tensor:
@@ -186,16 +191,15 @@ def descend(
     columns, steps, middles = weight.T, scales.T.contiguous(), zeros.T.contiguous()
     codes = codes.T.contiguous()
     size, loops = len(codes) // len(steps), _loops(weight.device)
-    values = ((codes.view(len(steps), size, -1) - middles[:, None]) * steps[:, None]).view_as(codes)
-    slope = hessian @ (values - columns)  # half the gradient of the loss
+    errors = ((codes.view(len(steps), size, -1) - middles[:, None]) * steps[:, None]).view_as(codes) - columns
     for _ in range(sweeps):
         for group, (scale, zero) in enumerate(zip(steps, middles, strict=True)):
             inside = slice(group * size, (group + 1) * size)
-            own, before = hessian[inside, inside], values[inside].clone()
-            codes[inside] = loops.recode(before, slope[inside], own, scale, zero, top)
-            scale.copy_(_rescaled(codes[inside] - zero, before, slope[inside], own, scale))
-            values[inside] = (codes[inside] - zero) * scale
-            slope.addmm_(hessian[:, inside], values[inside] - before)
+            own, slope = hessian[inside, inside], hessian[inside] @ errors  # half the gradient of the loss
+            before = (codes[inside] - zero) * scale
+            codes[inside] = loops.recode(before, slope, own, scale, zero, top)
+            scale.copy_(_rescaled(codes[inside] - zero, before, slope, own, scale))
+            errors[inside] = (codes[inside] - zero) * scale - columns[inside]
     return codes.T, steps.T
 
 

@@ -16,6 +16,7 @@ from qbuild.quant.families import Group
 from qbuild.quant.gptq import columns_of, curvature, rounded, toward
 from qbuild.quant.grid import Grid, clipped, ends, quantize
 from qbuild.quant.scaling import Seen, fold, search
+from qbuild.quant.team import Team, split
 
 __all__ = ["Params", "solve"]
 
@@ -43,15 +44,27 @@ def solve(
     dtype; ``seen`` gives what is known of a linear's input, None of an expert that no token reached. What scaling
     changed besides comes back in its dtype.
     """
+    with Team(next(iter(tensors.values())).device) as team:
+        return _solve(tensors, seen, groups, params, team)
+
+
+def _solve(
+    tensors: Mapping[str, torch.Tensor],
+    seen: Callable[[str], Seen | None],
+    groups: Sequence[Group],
+    params: Params,
+    team: Team,
+) -> Solved:
     work = {name: tensor.float() for name, tensor in tensors.items()}
     for name in (name for group in groups for name in group.linears):
         known = seen(name)
         if known is not None and known.drift is not None:
-            work[f"{name}.weight"] = toward(work[f"{name}.weight"], known.gram, known.drift, params.damping)
-    scales = _scaled(work, seen, groups, params.grid, tensors) if params.scaled else {}
+            with team.together():
+                work[f"{name}.weight"] = toward(work[f"{name}.weight"], known.gram, known.drift, params.damping)
+    scales = _scaled(work, tensors, seen, groups, params.grid, team) if params.scaled else {}
     codes: dict[str, Codes] = {}
     for group in groups:
-        codes |= _coded(group, work, seen, scales.get(group.linears[0]), params)
+        codes |= _coded(group, work, seen, scales.get(group.linears[0]), params, team)
     plain = sorted(name for name in tensors if name.removesuffix(".weight") not in codes)
     changed = [name for name in plain if not torch.equal(work[name], tensors[name].float())]
     return Solved(codes, {name: work[name].to(tensors[name].dtype) for name in changed})
@@ -59,10 +72,11 @@ def solve(
 
 def _scaled(
     work: dict[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     seen: Callable[[str], Seen | None],
     groups: Sequence[Group],
     grid: Grid,
-    tensors: Mapping[str, torch.Tensor],
+    team: Team,
 ) -> dict[str, torch.Tensor]:
     """Scale weights in ``work``; returns the scale of each linear's columns that has one."""
     scales: dict[str, torch.Tensor] = {}  # the same of all linears of a group
@@ -72,7 +86,7 @@ def _scaled(
         if group.producer is None or not known:
             continue
         weights, inputs = zip(*known, strict=True)
-        scale = search(weights, inputs, group, grid)
+        scale = search(weights, inputs, group, grid, team)
         if scale is not None:
             scales |= dict.fromkeys(group.linears, fold(work, group, scale, dtypes))
     return scales
@@ -84,6 +98,7 @@ def _coded(
     seen: Callable[[str], Seen | None],
     scale: torch.Tensor | None,
     params: Params,
+    team: Team,
 ) -> dict[str, Codes]:
     """The linears of a group, whose columns were scaled by ``scale``. What their input's Gram matrix costs is paid once
     for those that share it."""
@@ -93,13 +108,13 @@ def _coded(
     for name in group.linears:
         weight, known = work[f"{name}.weight"], seen(name)
         if how is None or known is None or known is not of:
-            how, of = _way(weight, known, scale, params), known
+            how, of = _way(weight, known, scale, params, team), known
         codes[name] = how(weight, name)
     return codes
 
 
 def _way(
-    weight: torch.Tensor, known: Seen | None, scale: torch.Tensor | None, params: Params
+    weight: torch.Tensor, known: Seen | None, scale: torch.Tensor | None, params: Params, team: Team
 ) -> Callable[[torch.Tensor, str], Codes]:
     """How linears of the input of ``weight`` are rounded: weight and name → codes."""
     gram = torch.eye(weight.shape[1], device=weight.device) if known is None else known.gram
@@ -107,15 +122,18 @@ def _way(
         gram = gram / scale[:, None] / scale
     grid = params.grid
     if params.rounding == "gptq":
-        bent = curvature(gram, columns_of(grid, weight), params.order, params.damping)
-        return lambda one, _name: rounded(one, bent, grid)
-    return lambda one, name: _nearest(one, gram, name, grid)
+        with team.together():
+            bent = curvature(gram, columns_of(grid, weight), params.order, params.damping)
+        return lambda one, _name: rounded(one, bent, grid, team)
+    return lambda one, name: _nearest(one, gram, grid, team, clip=not name.endswith(UNCLIPPED))
 
 
-def _nearest(weight: torch.Tensor, gram: torch.Tensor, name: str, grid: Grid) -> Codes:
-    grouped = grid.grouped(weight)
-    plain = name.endswith(UNCLIPPED)
-    scales, zeros = grid.at(*ends(grouped, grid)) if plain else clipped(weight, gram, grid)
-    codes, _ = quantize(grouped, scales[..., None], zeros[..., None], grid.top)
-    made = codes.view_as(weight).to(torch.uint8), scales.half(), zeros.to(torch.uint8)
-    return Codes(*made, grid.bits, grouped.shape[-1], grid.symmetric)
+def _nearest(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, team: Team, *, clip: bool) -> Codes:
+    def plain(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        grouped = grid.grouped(rows)
+        scales, zeros = clipped(rows, gram, grid) if clip else grid.at(*ends(grouped, grid))
+        codes, _ = quantize(grouped, scales[..., None], zeros[..., None], grid.top)
+        return codes.view_as(rows).to(torch.uint8), scales.half(), zeros.to(torch.uint8)
+
+    codes, scales, zeros = (torch.cat(part) for part in zip(*team.map(plain, split(weight)), strict=True))
+    return Codes(codes, scales, zeros, grid.bits, columns_of(grid, weight), grid.symmetric)

@@ -15,11 +15,13 @@ import torch
 
 from qbuild.quant.families import Group
 from qbuild.quant.grid import Grid, nearest
+from qbuild.quant.team import Team
 
 __all__ = ["Seen", "fold", "gram_loss", "search"]
 
 EXPONENTS = 20  # tried powers of the mean magnitude: 0, 0.05, …
 LEAST = 1e-4
+ROWS = 512  # of a linear, evenly chosen, tell which scale is best
 
 
 @dataclass(frozen=True)
@@ -38,26 +40,29 @@ def gram_loss(difference: torch.Tensor, gram: torch.Tensor) -> float:
     return float(((difference @ gram) * difference).sum())
 
 
-def search(weights: Sequence[torch.Tensor], seen: Sequence[Seen], group: Group, grid: Grid) -> torch.Tensor | None:
+def search(
+    weights: Sequence[torch.Tensor], seen: Sequence[Seen], group: Group, grid: Grid, team: Team
+) -> torch.Tensor | None:
     """The scale [in] with the least loss over all linears of a group; None where no scale helps.
 
     ``seen``: the input of each; experts read one input's tokens in parts.
     """
     tokens = sum(one.count for one in seen)
     magnitudes = _shared(sum((one.magnitudes * (one.count / tokens) for one in seen), torch.tensor(0.0)), group)
+    some = [weight[:: -(-len(weight) // ROWS)] for weight in weights]
 
-    def loss(scale: torch.Tensor | float) -> float:
-        pairs = zip(weights, seen, strict=True)
-        return sum(gram_loss(w - nearest(w * scale, grid) / scale, one.gram) for w, one in pairs)
+    def loss(scale: torch.Tensor) -> float:
+        lost = (gram_loss(w - nearest(w * scale, grid) / scale, one.gram) for w, one in zip(some, seen, strict=True))
+        return sum(each * len(weight) / len(w) for each, weight, w in zip(lost, weights, some, strict=True))
 
+    scales = [torch.ones_like(magnitudes)]
+    for step in range(1, EXPONENTS):
+        scale = magnitudes.pow(step / EXPONENTS).clamp(min=LEAST)
+        scales.append(scale / (scale.max() * scale.min()).sqrt())
     with _tensor_cores():
-        best, found = loss(1.0), None
-        for step in range(1, EXPONENTS):
-            scale = magnitudes.pow(step / EXPONENTS).clamp(min=LEAST)
-            scale = scale / (scale.max() * scale.min()).sqrt()
-            if (tried := loss(scale)) < best:
-                best, found = tried, scale
-    return found
+        losses = team.map(loss, scales)
+    best = min(range(EXPONENTS), key=losses.__getitem__)
+    return scales[best] if best else None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from qbuild.quant.gptq import curvature, gptq
 from qbuild.quant.grid import Grid, clipped, ends, fit, nearest, quantize
 from qbuild.quant.layer import Params, solve
 from qbuild.quant.scaling import Seen, fold, gram_loss, search
+from qbuild.quant.team import Team
 
 Array = np.ndarray[Any, Any]
 
@@ -34,6 +35,11 @@ def inputs(columns: int, tokens: int = 400) -> torch.Tensor:
 def weights(out: int, columns: int) -> torch.Tensor:
     torch.manual_seed(out + columns)
     return torch.randn(out, columns) * 0.05
+
+
+def one(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: str, damping: float, sweeps: int = 3) -> Codes:
+    with Team(weight.device) as team:
+        return gptq(weight, gram, grid, order, damping, team, sweeps)
 
 
 def reference(weight: Array, hessian: Array, scale: Array, zero: Array, size: int, top: int, damping: float) -> Array:
@@ -55,7 +61,7 @@ def reference(weight: Array, hessian: Array, scale: Array, zero: Array, size: in
 def test_gptq_rounds_as_the_paper_says(bits: int, symmetric: bool) -> None:
     weight, x = weights(48, 192), inputs(192)
     grid, gram = Grid(bits, 32, symmetric), x.T @ x
-    made = gptq(weight, gram, grid, "natural", 0.05, sweeps=0)
+    made = one(weight, gram, grid, "natural", 0.05, sweeps=0)
     fitted = fit(weight, curvature(gram, 32, "natural", 0.05).hessian.diagonal(), grid)
     scale, zero = (t.numpy().astype(np.float64) for t in fitted)
     wanted = reference(weight.numpy(), (2 * gram).numpy(), scale, zero, 32, grid.top, 0.05)
@@ -70,7 +76,7 @@ def test_no_sweep_of_descent_makes_any_row_worse_and_the_first_helps(symmetric: 
     hessian = curvature(gram, 32, "activation", 0.05).hessian
     losses = []
     for sweeps in range(4):
-        error = weight - gptq(weight, gram, grid, "activation", 0.05, sweeps).dequantize()
+        error = weight - one(weight, gram, grid, "activation", 0.05, sweeps).dequantize()
         losses.append(((error @ hessian) * error).sum(1))
     for before, after in pairwise(losses):
         assert (after <= before * 1.0001).all()
@@ -80,7 +86,7 @@ def test_no_sweep_of_descent_makes_any_row_worse_and_the_first_helps(symmetric: 
 def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
     weight, x = weights(4, 64), inputs(64)
     hessian = curvature(x.T @ x, 16, "natural", 0.05).hessian
-    made = gptq(weight, x.T @ x, Grid(3, 16, False), "natural", 0.05, sweeps=60)
+    made = one(weight, x.T @ x, Grid(3, 16, False), "natural", 0.05, sweeps=60)
 
     def losses(codes: torch.Tensor) -> torch.Tensor:
         error = weight - replace(made, codes=codes).dequantize()
@@ -97,13 +103,13 @@ def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
 def test_scales_are_positive_as_loaders_know_them() -> None:
     weight, x = weights(32, 128), inputs(128)
     for grid in (Grid(4, 32, True), Grid(3, 32, False)):
-        assert (gptq(weight, x.T @ x, grid, "activation", 0.05).scales > 0).all()
+        assert (one(weight, x.T @ x, grid, "activation", 0.05).scales > 0).all()
 
 
 def test_sorted_groups_are_told_by_their_index() -> None:
     weight, x = weights(32, 128), inputs(128)
     gram, grid = x.T @ x, Grid(4, 32, True)
-    made = gptq(weight, gram, grid, "indexed", 0.05)
+    made = one(weight, gram, grid, "indexed", 0.05)
     assert made.groups_of is not None
     assert made.groups_of.bincount().tolist() == [32] * 4
     diagonal = gram.diagonal()
@@ -115,14 +121,14 @@ def test_sorted_groups_are_told_by_their_index() -> None:
 def test_gptq_loses_less_than_plain_rounding(order: str) -> None:
     weight, x = weights(64, 256), inputs(256)
     gram, grid = x.T @ x, Grid(4, 64, True)
-    made = gptq(weight, gram, grid, order, 0.05).dequantize()
+    made = one(weight, gram, grid, order, 0.05).dequantize()
     assert gram_loss(weight - made, gram) < 0.7 * gram_loss(weight - nearest(weight, grid), gram)
 
 
 def test_columns_that_no_token_reached_do_not_stop_gptq() -> None:
     weight, x = weights(16, 64), inputs(64)
     x[:, [3, 40]] = 0
-    made = gptq(weight, x.T @ x, Grid(4, 32, True), "activation", 0.05)
+    made = one(weight, x.T @ x, Grid(4, 32, True), "activation", 0.05)
     scales = made.scales.float()
     error = (made.dequantize() - weight)[:, [3, 40]].abs()
     assert (error <= 4.1 * scales[:, [0, 1]].abs()).all()  # a code still, if clipped to a narrow range
@@ -130,7 +136,7 @@ def test_columns_that_no_token_reached_do_not_stop_gptq() -> None:
 
 def test_a_gram_matrix_of_few_tokens_is_damped_until_it_can_be_factored() -> None:
     x = inputs(128, tokens=3)
-    made = gptq(weights(8, 128), x.T @ x, Grid(4, 64, True), "activation", 1e-9)
+    made = one(weights(8, 128), x.T @ x, Grid(4, 64, True), "activation", 1e-9)
     assert torch.isfinite(made.dequantize()).all()
 
 
@@ -138,7 +144,7 @@ def test_a_group_of_zeros_and_one_of_tiny_weights_stay_finite() -> None:
     weight = weights(4, 64)
     weight[0] = 0
     weight[1] *= 1e-9
-    made = gptq(weight, torch.eye(64), Grid(4, 32, False), "natural", 0.05)
+    made = one(weight, torch.eye(64), Grid(4, 32, False), "natural", 0.05)
     assert (made.dequantize()[0] == 0).all()
     assert (made.scales != 0).all()
 
@@ -153,7 +159,8 @@ def test_the_gram_loss_is_the_squared_error_of_the_outputs() -> None:
 def test_the_scale_found_has_the_least_loss_on_the_activations_themselves() -> None:
     weight, x = weights(64, 128), inputs(128)
     grid, magnitudes = Grid(4, 64, False), x.abs().mean(0)
-    found = search([weight], [Seen(x.T @ x, magnitudes, len(x))], Group(("w",), "norm", "norm"), grid)
+    with Team(weight.device) as team:
+        found = search([weight], [Seen(x.T @ x, magnitudes, len(x))], Group(("w",), "norm", "norm"), grid, team)
     assert found is not None
 
     def loss(scale: torch.Tensor) -> float:
@@ -309,6 +316,22 @@ def test_what_scaling_changed_comes_back_in_its_own_type() -> None:
     assert list(made.tensors) == ["model.layers.0.input_layernorm.weight"]
     assert made.tensors["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16
     assert not layer(Params(Grid(4, 32, False), scaled=False)).tensors
+
+
+def test_the_number_of_threads_changes_no_byte_and_rows_need_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, before, made = Params(Grid(4, 32, False)), torch.get_num_threads(), []
+    whole = layer(params)
+    monkeypatch.setattr("qbuild.quant.team.TOGETHER", 0)
+    monkeypatch.setattr("qbuild.quant.team.LEAST_ROWS", 16)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        made.append(layer(params))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert made[0].to_bytes() == made[1].to_bytes()
+    for name, codes in whole.codes.items():
+        differing = codes.codes != made[0].codes[name].codes
+        assert differing.float().mean() < 0.002  # products of other shapes have other last bits
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

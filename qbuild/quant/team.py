@@ -1,0 +1,59 @@
+"""Threads that share the work on a layer.
+
+Rows of a weight do not depend on each other, so rows, not products, are spread over threads: torch's own wait for each
+other, spinning, in each of thousands of small products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+__all__ = ["Team", "split"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+TOGETHER = 1 << 21  # weights whose rows a thread solves at a time
+LEAST_ROWS, DEVICE_ROWS = 256, 4096
+
+
+def split(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows that are solved at a time: as many as the shape and the kind of device say, and so are the results."""
+    rows = max(LEAST_ROWS, TOGETHER // weight.shape[1]) if weight.device.type == "cpu" else DEVICE_ROWS
+    return tuple(weight.split(rows))
+
+
+class Team:
+    """As many threads as torch has before ``with team:``; inside, torch's own are one. For another device it is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._torch = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._torch) if device.type == "cpu" and self._torch > 1 else None
+
+    def __enter__(self) -> Team:
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        torch.set_num_threads(self._torch)
+
+    def map(self, work: Callable[[T], R], parts: Iterable[T]) -> list[R]:
+        """``work`` on every part, in the order of the parts."""
+        if self._pool is None:
+            return [work(part) for part in parts]
+        return list(self._pool.map(torch.no_grad()(work), parts))  # it is a thread's own
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All threads on one large product or factorization."""
+        torch.set_num_threads(self._torch)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
