@@ -1,6 +1,6 @@
 """Perplexity of a build's GGUF files as qbuild measured it and as llama.cpp does, as a Markdown table.
 
-    qbuild model.source=MODEL 'target=[gguf/q8_0,…]' evaluation.source=TEXT evaluation.samples=8 evaluation.length=256
+    qbuild model.source=MODEL target=gguf/q4_k_m evaluation.source=TEXT evaluation.samples=8 evaluation.length=256
     python benchmarks/perplexity.py LLAMA_PERPLEXITY outputs/MODEL/build.json
 
 LLAMA_PERPLEXITY is llama.cpp's program of that name. It reads the windows of the evaluation: the same text from its

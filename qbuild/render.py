@@ -131,7 +131,9 @@ def sweep(document: Document) -> str:
     """How many jobs of a sweep came through, which did not and why, and what all of it needs or took."""
     total = document["total"]
     done = sum(job["exit_code"] == 0 for job in document["jobs"])
-    lines = [f"{done} of {total['jobs']} jobs done" if "ram" not in total else f"{done} of {total['jobs']} jobs can be"]
+    lines = [
+        f"{done} of {total['jobs']} jobs done" if "ram" not in total else f"{done} of {total['jobs']} jobs can run"
+    ]
     for job in (job for job in document["jobs"] if job["exit_code"]):
         found = job.get("error") or {"place": "", "fact": "see above"}
         why = f"{found['place']}: {found['fact']}" if found["place"] else found["fact"]

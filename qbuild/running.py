@@ -65,14 +65,17 @@ class Jobs:
             self.sink.message(event["level"], event["text"])
             return
         elapsed = max(time.monotonic() - self.began, 1e-3)
-        rate = event["bytes"] / elapsed
+        # The first tensors are small, and the clock ran while the worker started: they tell no rate.
+        rate = event["bytes"] / elapsed if 100 * event["bytes"] >= self.todo_bytes else 0.0
         self.sink.update(
             Status(
                 tensors_done=event["tensors"],
                 tensors_total=self.todo_tensors,
                 bytes_done=event["bytes"],
                 bytes_total=self.todo_bytes,
-                weights_per_s=rate * self.weights / max(self.todo_bytes, 1) if self.unit == "tensors" else None,
+                weights_per_s=rate * self.weights / max(self.todo_bytes, 1)
+                if rate and self.unit == "tensors"
+                else None,
                 eta_s=(self.todo_bytes - event["bytes"]) / rate if rate else None,
                 rss=event["rss"] + machine.process_rss(os.getpid()),
                 budget=self.plan.budget.ram,

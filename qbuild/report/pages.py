@@ -53,9 +53,11 @@ def _environment() -> Environment:
 
 
 def number(value: float) -> str:
-    """Four digits that count, without an exponent: 0.0001234, 8.120, 35.89, 12345."""
+    """Four digits that count: 0.0001234, 8.120, 35.89, 12345; below a millionth two, with an exponent."""
     if value == 0:
         return "0"
+    if abs(value) < 1e-6:
+        return f"{value:.1e}"
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 __all__ = ["Bar", "Label", "Mark", "Plot", "Point", "Tick", "bars", "scatter"]
 
 WIDTH, HEIGHT = 760.0, 360.0
-LEFT, RIGHT, TOP, BOTTOM = 64.0, 24.0, 16.0, 48.0
+LEFT, RIGHT, TOP, BOTTOM = 76.0, 24.0, 16.0, 48.0
 LETTER, LINE = 7.2, 15.0  # what a letter of a label takes at most, in px at the font size of the page
 RADIUS = 5.5
 DECADE = 8.0  # values that differ by more than this factor get a logarithmic axis
+NOTHING = 1e-6  # on a logarithmic axis less is drawn as zero: a divergence of so little is rounding
 
 Place = Callable[[float], float]
+Spot = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -81,7 +83,8 @@ def scatter(points: Sequence[Point], y_title: str) -> Plot:
     marks = []
     for point in sorted(points, key=lambda p: (not p.front, p.name)):  # the best ones get their names first
         x, y = at[point.name]
-        marks.append(Mark(point, x, y, _label(point.name, x, y, taken)))
+        others = [place for name, place in at.items() if name != point.name]
+        marks.append(Mark(point, x, y, _label(point.name, (x, y), others, taken)))
     return Plot(f"size, {unit_name}", y_title, x_ticks, y_ticks, tuple(marks), tuple(front))
 
 
@@ -90,7 +93,7 @@ def _unit(nbytes: float) -> tuple[float, str]:
 
 
 def _axis(values: Sequence[float], start: float, end: float) -> tuple[Place, tuple[Tick, ...]]:
-    above = [v for v in values if v > 0]
+    above = [v for v in values if v > NOTHING]
     if len(above) > 1 and max(above) > DECADE * min(above):
         return _logarithmic(above, start, end, zero=len(above) < len(values))
     return _linear(values, start, end)
@@ -117,7 +120,7 @@ def _logarithmic(above: Sequence[float], start: float, end: float, zero: bool) -
     low, high = low - (0.25 if zero else 0.08) * (high - low), high + 0.08 * (high - low)
 
     def place(value: float) -> float:
-        return start + (math.log10(value) - low) / (high - low) * (end - start) if value > 0 else start
+        return start + (math.log10(value) - low) / (high - low) * (end - start) if value > NOTHING else start
 
     digits = (1,) if high - low > 2.5 else (1, 2, 5)
     values = [d * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for d in digits]
@@ -125,8 +128,10 @@ def _logarithmic(above: Sequence[float], start: float, end: float, zero: bool) -
     return place, tuple([Tick(start, "0"), *ticks] if zero else ticks)
 
 
-def _label(text: str, x: float, y: float, taken: list[Box]) -> Label | None:
-    """The first place beside a point where its name covers nothing; ``taken`` grows by it."""
+def _label(text: str, at: Spot, others: Sequence[Spot], taken: list[Box]) -> Label | None:
+    """The first place beside a point where its name covers nothing and is no nearer to another point; ``taken`` grows
+    by it."""
+    x, y = at
     wide, gap = LETTER * len(text), RADIUS + 5
     sides = [
         (Label(x + gap, y + 4, "start"), x + gap, y - LINE / 2),
@@ -139,7 +144,9 @@ def _label(text: str, x: float, y: float, taken: list[Box]) -> Label | None:
     for label, left, top in sides:
         box = (left, top, left + wide, top + LINE)
         inside = left >= LEFT and box[2] <= WIDTH and top >= 0 and box[3] <= HEIGHT - BOTTOM
-        if inside and not any(_overlap(box, other) for other in taken):
+        own = math.dist(at, (label.x, label.y - 4))
+        near = any(math.dist(other, (label.x, label.y - 4)) < own for other in others)
+        if inside and not near and not any(_overlap(box, other) for other in taken):
             taken.append(box)
             return label
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from html.parser import HTMLParser
@@ -245,6 +246,24 @@ def test_smaller_is_left_and_better_is_below() -> None:
     assert at["a"].y < at["b"].y < at["c"].y
 
 
+def test_rounding_does_not_stretch_an_axis_over_ten_decades() -> None:
+    """The divergence of an F16 file of a bf16 model is 1e-12."""
+    plot = scatter([point("f16", 5e9, 1.4e-12), point("q8_0", 3e9, 3e-4), point("q2_k", 1e9, 0.4)], "KL")
+    assert [tick.text for tick in plot.y_ticks] == ["0", "0.0001", "0.001", "0.01", "0.1"]
+    assert {m.point.name: m.y for m in plot.marks}["f16"] == plot.y_ticks[0].at
+
+
+def test_a_name_is_not_put_next_to_another_point() -> None:
+    """Of two points one above the other between neighbours, the name of the lower one had only the upper one's side."""
+    crowd = [("low", 22.0, 185.4), ("high", 22.1, 186.6), ("left", 20.5, 185.4), ("right", 23.2, 185.1)]
+    around = [("first", 12.0, 218.0), ("last", 56.0, 183.9)]
+    plot = scatter([Point(name, x * 2**20, y, False, name) for name, x, y in (*crowd, *around)], "perplexity")
+    spots = {m.point.name: (m.x, m.y) for m in plot.marks}
+    for mark in (mark for mark in plot.marks if mark.label):
+        at = (mark.label.x, mark.label.y - 4)
+        assert min(spots, key=lambda name: math.dist(spots[name], at)) == mark.point.name
+
+
 def test_ticks_stand_where_their_values_would() -> None:
     plot = scatter([point("a", 3 << 30, 0.5), point("b", 5 << 30, 0.6)], "KL")
     (a, b), ticks = [m.x for m in plot.marks], {t.text: t.at for t in plot.x_ticks}
@@ -258,7 +277,8 @@ def test_bars_share_one_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.00012345, "0.0001234"), (35.891, "35.89"), (0, "0"), (123456.0, "123456")]
+    ("value", "text"),
+    [(0.00012345, "0.0001234"), (35.891, "35.89"), (0, "0"), (123456.0, "123456"), (1.3566e-12, "1.4e-12")],
 )
-def test_numbers_are_written_without_an_exponent(value: float, text: str) -> None:
+def test_numbers_keep_four_digits_without_an_exponent_unless_they_are_next_to_nothing(value: float, text: str) -> None:
     assert pages.number(value) == text
