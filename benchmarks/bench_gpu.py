@@ -1,27 +1,31 @@
-"""GPU kernels against the CPU's: equal bytes, and weights a second on the device.
+"""GPU kernels against the CPU's: equal bytes, and weights a second on the device, from host memory, and on one core.
 
-    python benchmarks/bench_gpu.py golden FILE.npz     on a machine with numba: what the CPU kernels make
-    python benchmarks/bench_gpu.py compare FILE.npz    on a machine with a CUDA device and triton: no numba needed
+    python benchmarks/bench_gpu.py [TYPE ...]
 
-The golden file holds the hazards of tests/kernels, rows of the tiny-llama in tests/data and heavy-tailed random rows,
-in every type the GPU has, from F32, F16 and BF16, plain and with three importance matrices.
+Bytes are compared on the hazards of tests/kernels, rows of the tiny-llama in tests/data and heavy-tailed random rows,
+from F32, F16 and BF16, plain and with three importance matrices. Rates are of bf16; from host memory they include the
+copies both ways, and the measured bus says what they can reach. Needs a CUDA device, torch and triton.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from qbuild import kernels, machine
 from qbuild.ggml import QTYPES
 
 ROOT = Path(__file__).parent.parent
 TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-DTYPES = ("F32", "F16", "BF16")
-WEIGHTS, COLS, ROUNDS = 1 << 28, 4096, 3
+WEIGHTS, COLS, SECONDS = 1 << 24, 4096, 0.2  # of one chunk; of one measurement
+THREADS = 4  # as many chunks are on their way at once
 
 
 def rows(hazards: np.ndarray) -> np.ndarray:
@@ -41,8 +45,9 @@ def rows(hazards: np.ndarray) -> np.ndarray:
     return np.concatenate([hazards, weights, random])
 
 
-def golden(file: Path) -> None:
-    from qbuild import kernels
+def compare(name: str) -> tuple[int, int]:
+    """(blocks, blocks that differ) of a type, over source types and importance matrices."""
+    from qbuild.kernels.gpu import encode, table
 
     sys.path.insert(0, str(ROOT / "tests"))
     spec = importlib.util.spec_from_file_location("oracle", ROOT / "tests/kernels/test_kernels_oracle.py")
@@ -51,65 +56,116 @@ def golden(file: Path) -> None:
     oracle = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(oracle)
     x = rows(np.concatenate([r.astype(np.float32) for r in oracle.hazards(1)]))
-    matrices = [None if m is None else m.astype(np.float32) for m in oracle.imatrices(2)]
-    found = {f"imatrix.{i}": m for i, m in enumerate(matrices) if m is not None}
-    for dtype in DTYPES:
+    stream, blocks, bad = encode.Stream(table.footprint(name, x.size, x.shape[1])), 0, 0
+    for dtype in ("F32", "F16", "BF16"):
         held, _ = oracle.held_as(x, dtype)
-        found[f"x.{dtype}"] = held
-        for name in TYPES:
-            found |= {f"{name}.{dtype}.{i}": kernels.quantize(held, name, m) for i, m in enumerate(matrices)}
-    np.savez_compressed(file, **found)
+        for matrix in oracle.imatrices(2):
+            weights = None if matrix is None else matrix.astype(np.float32)
+            want = kernels.quantize(held, name, weights)
+            found = np.full_like(want, 0xA5)
+            stream.quantize_into(held, found, name, weights)
+            differ = (found != want).reshape(-1, QTYPES[name].nbytes).any(1)
+            blocks, bad = blocks + len(differ), bad + int(differ.sum())
+    return blocks, bad
 
 
-def compare(file: Path) -> int:
+def rate(once: Callable[[], None], finish: Callable[[], None] = lambda: None) -> float:
+    """Calls of ``once`` a second, after one that is not counted."""
+    once()
+    finish()
+    began, calls = time.perf_counter(), 0
+    while time.perf_counter() - began < SECONDS:
+        for _ in range(4):
+            once()
+        finish()
+        calls += 4
+    return calls / (time.perf_counter() - began)
+
+
+def bus() -> tuple[float, float]:
+    """Bytes a second up and down, each alone, from and to pinned memory."""
+    import torch
+
+    host = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device="cuda")
+    up = rate(lambda: device.copy_(host, non_blocking=True), torch.cuda.synchronize)
+    down = rate(lambda: host.copy_(device, non_blocking=True), torch.cuda.synchronize)
+    return up * host.nbytes, down * host.nbytes
+
+
+def on_device(name: str, x: np.ndarray, matrix: np.ndarray | None) -> float:
+    """Weights a second of data that is there."""
+    import torch
+
+    from qbuild.kernels.gpu import encode, table
+
+    source = torch.from_numpy(x.view(np.int16).reshape(-1)).cuda()
+    out = torch.empty(x.size // QTYPES[name].block * QTYPES[name].nbytes, dtype=torch.uint8, device="cuda")
+    weights = None if matrix is None else torch.from_numpy(matrix).cuda()
+    scratch = torch.empty(sum(table.planes(name, x.size)), dtype=torch.float32, device="cuda")
+    return x.size * rate(lambda: encode.quantize(name, source, out, COLS, weights, scratch), torch.cuda.synchronize)
+
+
+def from_host(name: str, x: np.ndarray, matrix: np.ndarray | None) -> float:
+    """Weights a second from pinned memory to pinned memory, as the threads of a pass do it."""
+    import torch
+
+    from qbuild.kernels.gpu import encode, table
+
+    finished, barrier = [0.0] * THREADS, threading.Barrier(THREADS)
+
+    def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
+        return torch.empty(shape, dtype=dtype, pin_memory=True).numpy()
+
+    def work(thread: int) -> None:
+        stream = encode.Stream(table.footprint(name, x.size, COLS, 2))
+        mine = pinned(x.shape, torch.uint16)
+        mine[:] = x
+        out = pinned((len(x), QTYPES[name].row_bytes(COLS)), torch.uint8)
+        stream.quantize_into(mine, out, name, matrix)
+        barrier.wait()
+        finished[thread] = rate(lambda: stream.quantize_into(mine, out, name, matrix))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return x.size * sum(finished)
+
+
+def main(types: list[str]) -> int:
     """Blocks that differ."""
+    if not machine.gpus():
+        print("bench_gpu: skipped; there is no CUDA device")
+        return 0
+    jobs = {
+        name: subprocess.Popen([sys.executable, __file__, "compare", name], stdout=subprocess.PIPE) for name in types
+    }
+    compared = {name: job.communicate()[0].split() for name, job in jobs.items()}
     import torch
 
-    from qbuild.kernels.gpu import encode
-
-    expected, wrong = np.load(file), 0
+    up, down = bus()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    print(f"{'type':6}{'blocks':>9}{'differ':>8}{'plain':>9}{'imatrix':>9}  G weights/s on the device, BF16")
-    for name in TYPES:
-        blocks = bad = 0
-        for dtype in DTYPES:
-            x = expected[f"x.{dtype}"]
-            source = torch.from_numpy((x.view(np.int16) if dtype == "BF16" else x).reshape(-1)).cuda()
-            for i in range(sum(key.startswith(f"{name}.{dtype}.") for key in expected.files)):
-                want = expected[f"{name}.{dtype}.{i}"].reshape(-1, QTYPES[name].nbytes)
-                key = f"imatrix.{i}"
-                matrix = torch.from_numpy(expected[key]).cuda() if key in expected.files else None
-                out = torch.full((want.size,), 0xA5, dtype=torch.uint8, device="cuda")
-                encode.quantize(name, source, out, x.shape[1], matrix)
-                blocks += len(want)
-                bad += int((out.cpu().numpy().reshape(want.shape) != want).any(1).sum())
-        wrong += bad
-        plain, weighted = rate(name, None), rate(name, torch.rand(COLS, device="cuda") + 0.01)
-        print(f"{name:6}{blocks:9}{bad:8}{plain / 1e9:9.1f}{weighted / 1e9:9.1f}", flush=True)
-    return wrong
-
-
-def rate(name: str, matrix: object) -> float:
-    """Weights a second of bf16 on the device."""
-    import torch
-
-    from qbuild.kernels.gpu import encode
-
-    values = (torch.randn(WEIGHTS // COLS, COLS, device="cuda") * 0.02).to(torch.bfloat16).view(torch.int16).reshape(-1)
-    out = torch.empty(WEIGHTS // QTYPES[name].block * QTYPES[name].nbytes, dtype=torch.uint8, device="cuda")
-    encode.quantize(name, values, out, COLS, matrix)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(ROUNDS):
-        encode.quantize(name, values, out, COLS, matrix)
-    torch.cuda.synchronize()
-    return ROUNDS * WEIGHTS / (time.perf_counter() - began)
+    print(f"bus: {up / 1e9:.1f} GB/s up, {down / 1e9:.1f} down: at most {up / 2e9:.1f} G weights/s of bf16")
+    print(f"{'':23}{'G weights/s, plain':>24}{'with imatrix':>24}")
+    print(f"{'type':6}{'blocks':>9}{'differ':>8}" + f"{'device':>8}{'host':>8}{'core':>8}" * 2)
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((WEIGHTS // COLS, COLS), np.float32) * np.float32(0.02)
+    held, matrix = (x.view(np.uint32) >> 16).astype(np.uint16), rng.random(COLS, np.float32) + np.float32(0.01)
+    for name in types:
+        found = []
+        for weights in (None, matrix):
+            few = held[::16]
+            core = few.size * rate(lambda: kernels.quantize(few, name, weights))  # noqa: B023
+            found += [on_device(name, held, weights), from_host(name, held, weights), core]
+        blocks, bad = map(int, compared[name])
+        print(f"{name:6}{blocks:9}{bad:8}" + "".join(f"{value / 1e9:8.2f}" for value in found), flush=True)
+    return sum(int(found[1]) for found in compared.values())
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("golden", "compare"):
-        raise SystemExit(__doc__)
-    if sys.argv[1] == "golden":
-        golden(Path(sys.argv[2]))
+    if sys.argv[1:2] == ["compare"]:
+        print(*compare(sys.argv[2]))
     else:
-        raise SystemExit(1 if compare(Path(sys.argv[2])) else 0)
+        raise SystemExit(1 if main(sys.argv[1:] or list(TYPES)) else 0)

@@ -27,10 +27,11 @@ class Digest(NamedTuple):
 
 
 class Hasher:
-    """Incremental digest. ``update`` takes any C-contiguous buffer and releases the GIL for large ones."""
+    """Incremental digest. ``update`` takes any C-contiguous buffer and releases the GIL for large ones, which
+    ``threads`` threads then share."""
 
-    def __init__(self) -> None:
-        self._hash = blake3.blake3()
+    def __init__(self, threads: int = 1) -> None:
+        self._hash = blake3.blake3(max_threads=threads)
         self.size = 0
 
     def update(self, data: bytes | bytearray | memoryview) -> None:

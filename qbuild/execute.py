@@ -18,7 +18,7 @@ from qbuild.calibrated import CalibratedTarget
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, StoreError
 from qbuild.graph import Source
-from qbuild.lower import headed, kernels_of, pass_task, predict_ram
+from qbuild.lower import headed, kernels_of, pass_task, predict_ram, predict_vram
 from qbuild.manifest import action_key
 from qbuild.measured import measure
 from qbuild.plan import Judge, Plan
@@ -26,6 +26,7 @@ from qbuild.progress import Sink
 from qbuild.recipe import FileTarget, calibrated
 from qbuild.running import Jobs
 from qbuild.staged import Stage
+from qbuild.vram import CONTEXT
 
 __all__ = ["build"]
 
@@ -207,10 +208,12 @@ class _Build:
 
     def _warm(self, todo: list[FileTarget]) -> None:
         """Compile what has not been compiled on this machine, in a process of its own."""
-        task = kernels_of(self.resolved, todo)
+        task = kernels_of(self.resolved, todo, self.plan.strategy.device)
         if not warm.is_done(task):
-            self.sink.message("info", f"compiling kernels for {', '.join(task.types)} (once per machine)")
-            self.jobs.run("kernels.warm", "compiling kernels", task, warm.RAM)
+            types = sorted({*task.types, *(kernel.type for kernel in task.on_gpu)})
+            self.sink.message("info", f"compiling kernels for {', '.join(types)} (once per machine)")
+            held = CONTEXT + warm.VRAM if task.on_gpu else 0
+            self.jobs.run("kernels.warm", "compiling kernels", task, warm.ram(task), held)
             warm.note(task)
 
     def _pass(self, todo: list[FileTarget]) -> None:
@@ -222,7 +225,7 @@ class _Build:
         label = "gguf pass " + ", ".join(f"'{t.name}'" for t in todo)
         title = f"{self.resolved.name} → {', '.join(t.name for t in todo)}"
         with self.jobs.progress(title, len(task.tensors), sum(t.nbytes for t in task.tensors)):
-            done = self.jobs.run("gguf.pass", label, task, predict_ram(task))
+            done = self.jobs.run("gguf.pass", label, task, predict_ram(task), predict_vram(task))
         files, tally = done.value
         self._finish(files, tally, done)
 
@@ -231,9 +234,9 @@ class _Build:
         self.totals["written_bytes"] += tally.written_bytes
         for name in ("computed", "reused", "seconds"):
             self.totals[name] = getattr(tally, name)
-        for type_, (weights, seconds) in tally.encoded.items():
+        for rate, (weights, seconds) in tally.encoded.items():
             if weights > MEASURABLE:
-                self.cache.note_rate(f"encode {type_}", weights / max(seconds, 1e-6))
+                self.cache.note_rate(rate, weights / max(seconds, 1e-6))
         for name, nbytes in (("read", tally.read_bytes), ("write", tally.written_bytes)):
             if nbytes > MOVABLE:
                 self.cache.note_rate(name, nbytes / max(tally.seconds[name], 1e-6))

@@ -1,6 +1,6 @@
 """Graph → passes: where each tensor's bytes go, how a pass runs inside its budget, and what it will need.
 
-Chunk size and threads are strategy: they change the footprint and the time, never the bytes, so they are in no key.
+Device, chunk size and threads are strategy: they change footprint and time, never the bytes, so they are in no key.
 """
 
 from __future__ import annotations
@@ -9,16 +9,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qbuild import gguffile
-from qbuild.actions import stream, warm
-from qbuild.budget import Budget, Remedy, refuse
+from qbuild.actions import stream, tensor, warm
+from qbuild.budget import Budget, Footprint, Remedy, refuse
 from qbuild.digest import Digest, digest_bytes
+from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Source
 from qbuild.recipe import FileTarget, Resolved
+from qbuild.vram import CONTEXT
 
-CHUNKS = tuple(1 << power for power in (23, 22, 21, 20, 19, 18))  # bytes of source in one chunk, best first
+# Bytes of source in one chunk, best first. A GPU wants large ones: each is a dozen launches from Python.
+CHUNKS = {
+    "cpu": tuple(1 << power for power in (23, 22, 21, 20, 19, 18)),
+    "cuda": tuple(1 << power for power in (25, 24, 23, 22, 21, 20, 19, 18)),
+}
+GPU_THREADS = 4  # chunks on their way at once: one goes up, one is computed, one comes down
 PARENT_RAM = 57 << 20  # the build's own process beside its worker: Hydra, SQLite, the plan (measured: 49 to 53)
 WORKER_RAM = 156 << 20  # a worker with numpy, numba and kernels loaded, before any buffer (measured: 147 to 152)
+WORKER_RAM_CUDA = 900 << 20  # and one with torch and a CUDA context
 CHUNKS_PER_PASS = 32  # a small model gets small chunks: buffers are then all used, and the pipeline is never empty
 TENSOR_RAM = 4 << 10  # Python objects of one tensor of a pass
 
@@ -27,6 +35,7 @@ TENSOR_RAM = 4 << 10  # Python objects of one tensor of a pass
 class Strategy:
     chunk_bytes: int
     threads: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,8 @@ def pass_task(
         stream.OutputTask(w.target.name, _partial(w), w.header, w.layout.offsets[0], w.layout.size) for w in wanted
     )
     rebuild = resolved.config.rebuild
-    return stream.PassTask(resolved.checkpoint.files, tasks, files, strategy.chunk_bytes, strategy.threads, rebuild)
+    chunk, threads, device = strategy.chunk_bytes, strategy.threads, strategy.device
+    return stream.PassTask(resolved.checkpoint.files, tasks, files, chunk, threads, rebuild, device)
 
 
 def _partial(item: Wanted) -> str:
@@ -138,7 +148,13 @@ def predict_ram(task: stream.PassTask) -> int:
     """Peak bytes of the worker that runs ``task``."""
     slot, scratch = stream.slot_bytes(task)
     buffers = stream.slots(task) * slot + task.threads * scratch
-    return WORKER_RAM + buffers + len(task.tensors) * TENSOR_RAM + sum(o.header_bytes for o in task.outputs)
+    base = WORKER_RAM_CUDA if task.device == "cuda" else WORKER_RAM
+    return base + buffers + len(task.tensors) * TENSOR_RAM + sum(o.header_bytes for o in task.outputs)
+
+
+def predict_vram(task: stream.PassTask) -> int:
+    """Peak bytes of GPU memory of the worker that runs ``task``."""
+    return CONTEXT + task.threads * stream.device_bytes(task) if task.device == "cuda" else 0
 
 
 def predict_parent(wanted: list[Wanted]) -> int:
@@ -146,28 +162,50 @@ def predict_parent(wanted: list[Wanted]) -> int:
     return PARENT_RAM + 2 * max(w.layout.offsets[0] for w in wanted) + sum(w.layout.offsets[0] for w in wanted)
 
 
-def kernels_of(resolved: Resolved, todo: Sequence[FileTarget]) -> warm.Task:
+def kernels_of(resolved: Resolved, todo: Sequence[FileTarget], device: str) -> warm.Task:
     """The kernels that making these files needs."""
-    types = {resolved.graph.actions[action].params.type for t in todo for action in t.tensors}
+    actions = [resolved.graph.actions[action] for t in todo for action in t.tensors]
+    types = {a.params.type for a in actions if not stream.on_gpu(a.params.type, device)}
     dtypes = {t.dtype for t in resolved.checkpoint.tensors.values()}
     stored = {spec.stored for t in todo for spec, _ in t.choices}
-    return warm.Task(tuple(sorted(types)), tuple(sorted(dtypes | stored)))
+    there = {
+        warm.OnGpu(a.params.type, tensor.held_as(a.params), any(role == "imatrix" for role, _ in a.inputs))
+        for a in actions
+        if stream.on_gpu(a.params.type, device)
+    }
+    return warm.Task(tuple(sorted(types)), tuple(sorted(dtypes | stored)), tuple(sorted(there)))
 
 
-def choose_strategy(resolved: Resolved, wanted: list[Wanted], budget: Budget, before: int) -> tuple[Strategy, int]:
-    """The fastest way that fits and its predicted RAM, worker and parent together. Raises BudgetRefused.
+def choose_strategy(
+    resolved: Resolved, wanted: list[Wanted], budget: Budget, before: int, device: str
+) -> tuple[Strategy, Footprint]:
+    """The fastest way on a device that fits and what it needs, worker and parent together. Raises BudgetRefused.
 
     ``before``: what the jobs before the pass need, each alone.
     """
-    least, parent = 0, predict_parent(wanted)
-    base = pass_task(resolved, wanted, Strategy(CHUNKS[0], budget.threads), {})
+    parent = predict_parent(wanted)
+    base = pass_task(resolved, wanted, Strategy(CHUNKS[device][0], budget.threads, device), {})
     share = sum(t.nbytes for t in base.tensors) // CHUNKS_PER_PASS
-    for threads in range(budget.threads, 0, -1):
-        for chunk in [c for c in CHUNKS if c <= max(share, CHUNKS[-1])]:
-            task = stream.resized(base, chunk, threads)
-            least = parent + max(predict_ram(task), before)
-            if least <= budget.ram:
-                return Strategy(chunk, threads), least
-    names = ", ".join(f"'{name}'" for name in dict.fromkeys(w.target.name for w in wanted))
-    override = f"budget.ram={-(-least // (1 << 20))}MiB"
-    raise refuse(f"gguf pass {names}", "RAM", least, budget.ram, [Remedy("the least it runs in", least, override)])
+    least = Footprint()
+    for threads in range(_threads(base), 0, -1):
+        for chunk in [c for c in CHUNKS[device] if c <= max(share, CHUNKS[device][-1])]:
+            task = stream.resized(base, chunk, threads, device)
+            least = Footprint(ram=parent + max(predict_ram(task), before), vram=predict_vram(task))
+            if least.ram <= budget.ram and least.vram <= budget.vram:
+                return Strategy(chunk, threads, device), least
+    who = "gguf pass " + ", ".join(f"'{name}'" for name in dict.fromkeys(w.target.name for w in wanted))
+    if least.ram > budget.ram:
+        raise refuse(who, "RAM", least.ram, budget.ram, [_raised("ram", least.ram)])
+    on_cpu = Remedy("encode on the CPU", 0, "device=cpu")
+    raise refuse(who, "VRAM", least.vram, budget.vram, [_raised("vram", least.vram), on_cpu])
+
+
+def _threads(task: stream.PassTask) -> int:
+    """Compute threads: a GPU needs few, unless they have types to encode that it does not."""
+    types = {w.params.type for t in task.tensors for w in t.wants if QTYPES[w.params.type].quantized}
+    few = task.device == "cuda" and all(stream.on_gpu(type_, task.device) for type_ in types)
+    return min(task.threads, GPU_THREADS) if few else task.threads
+
+
+def _raised(name: str, needs: int) -> Remedy:
+    return Remedy("the least it runs in", needs, f"budget.{name}={-(-needs // (1 << 20))}MiB")

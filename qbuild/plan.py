@@ -37,10 +37,11 @@ from qbuild.budget import Budget, Footprint, Remedy, parse_size, refuse
 from qbuild.cache import ActionCache
 from qbuild.calibrated import CalibratedTarget
 from qbuild.digest import Digest, digest_bytes
-from qbuild.errors import InputError
+from qbuild.errors import BudgetRefused, InputError
 from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Source
+from qbuild.kernels.gpu.table import TYPES as ON_GPU
 from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, Wanted, choose_strategy, kernels_of, outputs, pass_task
 from qbuild.manifest import action_key, walk
 from qbuild.recipe import FileTarget, Resolved, resolve
@@ -64,6 +65,9 @@ TYPICAL_RATE |= {
         *(("TQ2_0", 4e9), ("Q1_0", 4e9), ("Q2_0", 4e9)),
     )
 }
+
+TYPICAL_RATE |= {stream.rate_name(name, "cuda"): 5e9 for name in ON_GPU}
+STARTING = {"cpu": 0.0, "cuda": 6.0}  # seconds until a worker with torch and a CUDA context encodes
 
 KINDS = (tensor, file, metadata, tokens, weights, statistics, solve, propagate, importance, directory, backend)
 SALTS = {module.KIND: module.SALT for module in KINDS}
@@ -247,12 +251,12 @@ class Judge:
         tokenizer = next((aux[n].stat().st_size for n in ("tokenizer.json", "tokenizer.model") if n in aux), 2 << 20)
         return tokenizer // 2 + 4096, False
 
-    def ram_before(self, todo: list[FileTarget]) -> int:
+    def ram_before(self, todo: list[FileTarget], device: str) -> int:
         """What must run before the pass, at its largest."""
         verdict = self.verdicts.get("metadata")
         reading = 0 if verdict is None or verdict.outputs else metadata.ram(self.resolved.checkpoint.aux)
-        compiled = warm.is_done(kernels_of(self.resolved, todo))
-        return max(reading, 0 if compiled else warm.RAM)
+        kernels = kernels_of(self.resolved, todo, device)
+        return max(reading, 0 if warm.is_done(kernels) else warm.ram(kernels))
 
     def learn(self, sources: Mapping[tuple[str, int], Digest]) -> None:
         """Digests that a pass took, by file and offset: they hold for what it made, whatever the files are now."""
@@ -293,15 +297,17 @@ class Judge:
             size, exact = verdict.outputs[0].size, True
         return TargetPlan(target.name, path, verdict, size, exact, target.weights, dict(target.types), dict(states))
 
-    def seconds(self, todo: list[FileTarget], read: int, written: int, threads: int) -> float:
-        """Estimated time of a pass: encoding on ``threads`` cores, or moving the bytes, whichever is longer."""
+    def seconds(self, todo: list[FileTarget], read: int, written: int, strategy: Strategy) -> float:
+        """Estimated time of a pass: encoding on its threads, or moving the bytes, whichever is longer."""
         wanted = {a: spec for t in todo for (spec, _), a in zip(t.choices, t.tensors, strict=True)}
+        types = ((spec, self.resolved.graph.actions[action].params.type, action) for action, spec in wanted.items())
         encode = sum(
-            spec.weights / self.rate(f"encode {self.resolved.graph.actions[action].params.type}")
-            for action, spec in wanted.items()
+            spec.weights / self.rate(stream.rate_name(type_, strategy.device))
+            for spec, type_, action in types
             if self.verdicts[action].state != "hit"
         )
-        return max(encode / threads, read / self.rate("read") + written / self.rate("write"))
+        moving = read / self.rate("read") + written / self.rate("write")
+        return STARTING[strategy.device] + max(encode / strategy.threads, moving)
 
     def rate(self, name: str) -> float:
         """Weights or bytes a second: measured on this machine, else typical."""
@@ -335,7 +341,8 @@ def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) ->
     resolved, judge = _judged(config, store, fetch, spared)
     out = out_dir(resolved)
     verdicts = judge.verdicts
-    budget = resolve_budget(config, store.root, out)
+    gpu = device.gpu(config)
+    budget = resolve_budget(config, store.root, out, gpu)
     kv_bytes = [judge.kv_bytes(t) for t in resolved.files]
     outs = [outputs(t, size) for t, (size, _) in zip(resolved.files, kv_bytes, strict=True)]
     todo = [item for files in outs for item in files if verdicts[item.target.action].state != "hit"]
@@ -345,8 +352,7 @@ def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) ->
     }
     calibrated = {t.name: judge.calibrated_plan(t, out) for t in resolved.targets if isinstance(t, CalibratedTarget)}
     targets = tuple((files | calibrated)[t.name] for t in resolved.targets)
-    asked = [t for t in resolved.files if verdicts[t.action].state != "hit"]
-    strategy, passing = _gguf_pass(resolved, judge, asked, todo, budget)
+    strategy, passing = _gguf_pass(config, judge, todo, budget, gpu)
     ahead, after = steps(resolved, judge, budget), evaluations(resolved, judge, budget)
     every = (*ahead, *passing, *after)
     copied = sum(t.bytes for t in targets if t.verdict.state != "hit") if config.store.link == "copy" else 0
@@ -366,16 +372,30 @@ def _peaks(steps: Collection[Step]) -> Footprint:
 
 
 def _gguf_pass(
-    resolved: Resolved, judge: Judge, asked: list[FileTarget], todo: list[Wanted], budget: Budget
+    config: schema.Config, judge: Judge, todo: list[Wanted], budget: Budget, gpu: machine.Gpu | None
 ) -> tuple[Strategy, tuple[Step, ...]]:
-    """How the files ``todo`` of the targets ``asked`` are made in one pass, and what that takes."""
+    """How the files ``todo`` are made in one pass, on the device that is done first, and what that takes. Raises
+    BudgetRefused where it fits on none."""
+    first = Strategy(CHUNKS["cpu"][0], budget.threads)
     if not todo:
-        return Strategy(CHUNKS[0], budget.threads), ()
-    strategy, ram = choose_strategy(resolved, todo, budget, judge.ram_before(asked))
-    read = sum(t.nbytes for t in pass_task(resolved, todo, strategy, {}).tensors)
-    size = sum(wanted.layout.size for wanted in todo)
-    seconds, ram, threads = judge.seconds(asked, read, size, strategy.threads), ram - PARENT_RAM, strategy.threads
-    step = Step("gguf.pass", "writing GGUF files", len(todo), ram, seconds, size, read=read, threads=threads)
+        return first, ()
+    files, size = [wanted.target for wanted in todo], sum(wanted.layout.size for wanted in todo)
+    read = sum(t.nbytes for t in pass_task(judge.resolved, todo, first, {}).tensors)
+    found: list[tuple[float, Strategy, Footprint]] = []
+    devices = device.for_gguf(config, gpu)
+    for name in devices:
+        try:
+            strategy, needs = choose_strategy(judge.resolved, todo, budget, judge.ram_before(files, name), name)
+        except BudgetRefused:
+            if name == devices[-1] and not found:
+                raise
+        else:
+            found.append((judge.seconds(files, read, size, strategy), strategy, needs))
+    seconds, strategy, needs = min(found, key=lambda item: item[0])
+    step = Step(
+        "gguf.pass", "writing GGUF files", len(todo), needs.ram - PARENT_RAM, seconds, size,
+        read=read, vram=needs.vram, threads=strategy.threads,
+    )  # fmt: skip
     return strategy, (step,)
 
 
@@ -393,15 +413,15 @@ def _judged(config: schema.Config, store: Store, fetch: bool, spared: Collection
     return resolved, judge
 
 
-def resolve_budget(config: schema.Config, store: Path, out: Path) -> Budget:
+def resolve_budget(config: schema.Config, store: Path, out: Path, gpu: machine.Gpu | None) -> Budget:
     """``auto`` becomes what this machine has: the least of physical, cgroup and available memory; free disk; cores; the
-    free memory of the GPU that may be used. Raises ConfigError where a GPU is asked for and none is there."""
+    free memory of the GPU that may be used."""
     wanted, here = config.budget, machine.inspect()
 
     def size(name: str, value: str | int, auto: int) -> int:
         return auto if value == "auto" else parse_size(value, f"budget.{name}")
 
-    ram, vram = size("ram", wanted.ram, here.memory), device.vram(config, device.gpu(config))
+    ram, vram = size("ram", wanted.ram, here.memory), device.vram(config, gpu)
     disk = size("disk", wanted.disk, min(machine.disk_free(store), machine.disk_free(out)))
     return Budget(ram, vram, disk, here.cores if wanted.threads == "auto" else int(wanted.threads))
 

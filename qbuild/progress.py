@@ -20,7 +20,7 @@ EVERY = 5.0  # seconds between plain lines
 
 @dataclass(frozen=True)
 class Status:
-    """A moment of a build. ``rss`` and ``budget`` are bytes of RAM; ``bound``: CPU, memory or disk."""
+    """A moment of a build. ``rss`` and ``budget`` are bytes of RAM; ``bound``: CPU, GPU, memory or disk."""
 
     tensors_done: int
     tensors_total: int

@@ -90,8 +90,10 @@ def _bound(seconds: dict[str, float], made: Plan) -> str:
     """What holds the build back: where the pipeline waits."""
     if "encode" not in seconds:  # hashing, or calibration
         return "disk" if seconds["read"] > seconds.get("hash", 0.0) else "CPU"
-    if made.strategy.threads < made.budget.threads:
+    if made.strategy.device == "cpu" and made.strategy.threads < made.budget.threads:
         return "memory"
     if seconds["wait_slot"] > seconds["read"]:
-        return "disk" if seconds["write"] > seconds["wait_encode"] else "CPU"
+        return (
+            "disk" if seconds["write"] > seconds["wait_encode"] else {"cpu": "CPU", "cuda": "GPU"}[made.strategy.device]
+        )
     return "disk" if seconds["read"] > seconds["hash"] else "CPU"

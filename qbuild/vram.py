@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from qbuild import machine
+from qbuild.errors import ActionFailed, ConfigError
 
 __all__ = ["CONTEXT", "Hold", "hold", "ran_out"]
 
@@ -27,11 +28,16 @@ class Hold:
 
 def hold(limit: int) -> Hold:
     """From now on this process takes at most ``limit`` bytes of the first device, its context with them: what goes over
-    is torch.OutOfMemoryError."""
-    import torch
-
+    is torch.OutOfMemoryError. Raises ActionFailed where torch cannot use the device, ConfigError without torch."""
     before = machine.gpus()[0].free
-    free, total = torch.cuda.mem_get_info()
+    try:
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+    except ImportError:
+        raise ConfigError("device", "torch is not installed", "pip install 'qbuild[calibrate]'") from None
+    except (RuntimeError, AssertionError) as error:  # an old driver, no memory left, a torch without CUDA
+        raise ActionFailed("device", f"torch cannot use the GPU: {str(error).splitlines()[0]}", "device=cpu") from None
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - CONTEXT) / total))
     return Hold(max(0, before - free))
 

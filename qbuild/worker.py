@@ -152,7 +152,8 @@ class _Watch:
 
 
 def _run_pass(job: Job, emit: Emit) -> Any:
-    task = stream.Pass(job.task, Store(job.store), emit)
+    gpu = importlib.import_module("qbuild.kernels.gpu.encode") if job.task.device == "cuda" else None
+    task = stream.Pass(job.task, Store(job.store), emit, gpu)
     files = task.run()
     return files, task.tally
 

@@ -1,7 +1,11 @@
 """One pass over a source: every tensor is read once, hashed on the way, and encoded for every file that wants it.
 
     reader (this thread)          pool of compute threads        writer thread
-    read + hash a chunk   ──────► encode it to each type  ─────► hash, write in place, journal
+    read a chunk          ──────► encode it to each type  ─────► hash, write in place, journal
+                          └─────► a thread hashes it      ──────┘
+
+With a GPU, a compute thread has a stream of it: chunks go up, are encoded and come down beside each other. A type that
+the GPU has no kernel for is encoded on the CPU by the same thread.
 
 Buffers are preallocated slots that travel this line and come back, so memory is slots x slot size whatever the model.
 The writer takes chunks in order. A finished tensor is journalled with its digest, and its result is cached, at once:
@@ -14,26 +18,43 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from qbuild import kernels
 from qbuild.actions import tensor
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.checkpoint import Reader, SourceFile
 from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import InputError
 from qbuild.ggml import QTYPES
+from qbuild.kernels.gpu.table import TYPES as ON_GPU
+from qbuild.kernels.gpu.table import footprint
 from qbuild.manifest import action_key, walk
 from qbuild.store import Location, Partial, Store
 
 ALIGNMENT = 32
 STAGES = ("read", "hash", "encode", "write", "wait_slot", "wait_encode")
 
-Times = list[tuple[str, int, float]]  # (type, weights, seconds of one thread)
+Times = list[tuple[str, int, float]]  # (rate name, weights, seconds of one thread)
+
+
+class Stream(Protocol):
+    """Encodes on a GPU for one thread; holds device memory as long as it lives."""
+
+    def quantize_into(self, x: np.ndarray, out: np.ndarray, name: str, imatrix: np.ndarray | None = None) -> None: ...
+
+
+class Gpu(Protocol):
+    """``qbuild.kernels.gpu.encode``, which only a worker that has a GPU imports."""
+
+    def Stream(self, nbytes: int) -> Stream: ...  # noqa: N802
+
+    def pin(self, buffer: np.ndarray) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,7 @@ class PassTask:
     chunk_bytes: int
     threads: int
     recompute: bool = False  # -B: cached results are not used
+    device: str = "cpu"  # or cuda: encodes what has a kernel there
 
 
 @dataclass
@@ -103,12 +125,12 @@ class Tally:
     written_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     sources: dict[tuple[str, int], Digest] = field(default_factory=dict)  # (file, offset) -> what was read there
-    encoded: dict[str, tuple[int, float]] = field(default_factory=dict)  # type -> (weights, seconds of one thread)
+    encoded: dict[str, tuple[int, float]] = field(default_factory=dict)  # rate name -> (weights, seconds of one thread)
 
-    def encode(self, type_: str, weights: int, seconds: float) -> None:
+    def encode(self, rate: str, weights: int, seconds: float) -> None:
         self.seconds["encode"] += seconds
-        before = self.encoded.get(type_, (0, 0.0))
-        self.encoded[type_] = (before[0] + weights, before[1] + seconds)
+        before = self.encoded.get(rate, (0, 0.0))
+        self.encoded[rate] = (before[0] + weights, before[1] + seconds)
 
 
 @dataclass(frozen=True)
@@ -131,13 +153,33 @@ def slot_bytes(task: PassTask) -> tuple[int, int]:
     return largest, stage
 
 
+def device_bytes(task: PassTask) -> int:
+    """Bytes of GPU memory that one compute thread holds at this task's chunk size."""
+    largest = 0
+    for t in task.tensors:
+        rows = chunk_rows(t, task.chunk_bytes)
+        for params in (w.params for w in t.wants if on_gpu(w.params.type, task.device)):
+            item = QTYPES[tensor.held_as(params)].nbytes
+            largest = max(largest, footprint(params.type, rows * params.cols, params.cols, item))
+    return largest
+
+
+def on_gpu(type_: str, device: str) -> bool:
+    return device == "cuda" and type_ in ON_GPU
+
+
+def rate_name(type_: str, device: str) -> str:
+    """Under which the speed of encoding is remembered."""
+    return f"encode {type_} on cuda" if on_gpu(type_, device) else f"encode {type_}"
+
+
 def slots(task: PassTask) -> int:
     return task.threads + 2  # one being read, one being written
 
 
-def resized(task: PassTask, chunk_bytes: int, threads: int) -> PassTask:
+def resized(task: PassTask, chunk_bytes: int, threads: int, device: str) -> PassTask:
     """The same work by another strategy."""
-    return replace(task, chunk_bytes=chunk_bytes, threads=threads)
+    return replace(task, chunk_bytes=chunk_bytes, threads=threads, device=device)
 
 
 def _out_row_bytes(want: Want) -> int:
@@ -154,9 +196,9 @@ def chunk_rows(task: TensorTask, chunk_bytes: int) -> int:
 class _OutputFile:
     """A file being written in place, hashed in order; what arrived out of order is read back at the end."""
 
-    def __init__(self, task: OutputTask, partial: Partial) -> None:
+    def __init__(self, task: OutputTask, partial: Partial, threads: int) -> None:
         self.task, self.partial = task, partial
-        self.hasher = Hasher()
+        self.hasher = Hasher(threads)
         self.computed = self.reused = 0
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -185,8 +227,10 @@ class _OutputFile:
 
 
 class _Slot:
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, gpu: Gpu | None) -> None:
         self.buffer = np.empty(nbytes, np.uint8)
+        if gpu is not None:
+            gpu.pin(self.buffer)
         self.view = _bytes(self.buffer)
 
 
@@ -221,13 +265,18 @@ class _Open:
 class Pass:
     """Runs one PassTask. ``emit`` gets progress values; it is called from one thread at a time."""
 
-    def __init__(self, task: PassTask, store: Store, emit: Callable[[dict[str, Any]], None]) -> None:
-        self.task, self.store, self.cache, self.emit = task, store, ActionCache(store), emit
+    def __init__(
+        self, task: PassTask, store: Store, emit: Callable[[dict[str, Any]], None], gpu: Gpu | None = None
+    ) -> None:
+        self.task, self.store, self.cache, self.emit, self.gpu = task, store, ActionCache(store), emit, gpu
+        # On a GPU the compute threads wait for it most of the time: hashing, then the slowest stage, takes them all.
+        self.hash_threads = task.threads if gpu is not None else max(1, task.threads // 4)
+        self.device_bytes, self.of_thread = device_bytes(task), threading.local()
         self.tally = Tally()
         # Taken before the first read: what is read of a file that changes meanwhile is recorded under the old identity.
         self.identities = [f.identity() for f in task.files]
         self.free: queue.Queue[_Slot] = queue.Queue()
-        self.ready: queue.Queue[tuple[_Open, _Chunk, Future[Times]] | None] = queue.Queue()
+        self.ready: queue.Queue[tuple[_Open, _Chunk, Future[Times], Future[None]] | None] = queue.Queue()
         self.failure: BaseException | None = None
         self.outputs: list[_OutputFile] = []
         self.done_tensors = self.done_bytes = 0
@@ -236,11 +285,12 @@ class Pass:
     def run(self) -> list[FileResult]:
         size, _ = slot_bytes(self.task)
         for _ in range(slots(self.task)):
-            self.free.put(_Slot(size))
+            self.free.put(_Slot(size, self.gpu))
         with ExitStack() as stack:
             wanted = [(o.name, o.size) for o in self.task.outputs]
             partials = stack.enter_context(self.store.partials(wanted))
-            self.outputs = [_OutputFile(o, p) for o, p in zip(self.task.outputs, partials, strict=True)]
+            both = zip(self.task.outputs, partials, strict=True)
+            self.outputs = [_OutputFile(o, p, self.hash_threads) for o, p in both]
             for output in self.outputs:
                 output.write(0, memoryview(output.task.header))
             reader = stack.enter_context(Reader(self.task.files))
@@ -252,9 +302,10 @@ class Pass:
         writer = threading.Thread(target=self._write_all, name="qbuild-writer")
         writer.start()
         try:
-            with ThreadPoolExecutor(self.task.threads, "qbuild-encode") as pool:
+            pool = ThreadPoolExecutor(self.task.threads, "qbuild-encode")
+            with pool, ThreadPoolExecutor(1, "qbuild-hash") as hashing:
                 for task in self.task.tensors:
-                    self._one(task, reader, pool)
+                    self._one(task, reader, pool, hashing)
                     if self.failure is not None:
                         break
         except BaseException as error:
@@ -267,7 +318,7 @@ class Pass:
 
     # reader side -----------------------------------------------------------------------------------------------------
 
-    def _one(self, task: TensorTask, reader: Reader, pool: ThreadPoolExecutor) -> None:
+    def _one(self, task: TensorTask, reader: Reader, pool: ThreadPoolExecutor, hashing: ThreadPoolExecutor) -> None:
         digests = [p.digest if p.data is None else digest_bytes(p.data) for p in task.pieces]
         locks = ExitStack()
         try:
@@ -281,9 +332,10 @@ class Pass:
                 locks.close()
                 self._progress(task, 1, task.nbytes)
                 return
-            work = _Open(task, todo, locks, time.monotonic(), [], [Hasher() for _ in todo])
-            for chunk in self._chunks(work, reader):
-                self.ready.put((work, chunk, pool.submit(self._encode, chunk, todo)))
+            hashers = [Hasher(self.hash_threads) for _ in todo]
+            work = _Open(task, todo, locks, time.monotonic(), [], hashers)
+            for chunk, hashed in self._chunks(work, reader, hashing):
+                self.ready.put((work, chunk, pool.submit(self._encode, chunk, todo), hashed))
                 if self.failure is not None:
                     return
         except BaseException:
@@ -316,12 +368,15 @@ class Pass:
     def _waiting(self) -> None:
         self.emit({"event": "message", "level": "info", "text": "waiting for another build that makes the same tensor"})
 
-    def _chunks(self, work: _Open, reader: Reader) -> Iterator[_Chunk]:
+    def _chunks(
+        self, work: _Open, reader: Reader, hashing: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Chunk, Future[None]]]:
+        """Chunks that were read, each with the hashing of it."""
         task, first = work.task, 0
         row_bytes = tensor.source_row_bytes(task.wants[0].params)
         step = chunk_rows(task, self.task.chunk_bytes)
         for index, piece in enumerate(task.pieces):
-            hasher, total = Hasher(), piece.nbytes // row_bytes
+            hasher, total = Hasher(self.hash_threads), piece.nbytes // row_bytes
             for start in range(0, total, step):
                 rows = min(step, total - start)
                 began = time.monotonic()
@@ -330,14 +385,18 @@ class Pass:
                 chunk = self._carve(slot, work, first + start, rows)
                 view = _bytes(chunk.raw)
                 self._read(reader, piece, start * row_bytes, view)
-                began = time.monotonic()
-                hasher.update(view)
-                self.tally.seconds["hash"] += time.monotonic() - began
-                chunk.last = index == len(task.pieces) - 1 and start + rows == total
-                if start + rows == total:
-                    work.digests.append(self._checked(piece, hasher.digest()))
-                yield chunk
+                ends = piece if start + rows == total else None
+                chunk.last = ends is not None and index == len(task.pieces) - 1
+                yield chunk, hashing.submit(self._hash, work, hasher, view, ends)
             first += total
+
+    def _hash(self, work: _Open, hasher: Hasher, view: memoryview, ends: Piece | None) -> None:
+        """Chunks come in order; with the last of a piece, its digest is known."""
+        began = time.monotonic()
+        hasher.update(view)
+        self.tally.seconds["hash"] += time.monotonic() - began
+        if ends is not None:
+            work.digests.append(self._checked(ends, hasher.digest()))
 
     def _checked(self, piece: Piece, digest: Digest) -> Digest:
         if piece.digest is not None and piece.digest != digest:
@@ -364,14 +423,25 @@ class Pass:
         times: Times = []
         for want, out in zip(wants, chunk.outs, strict=True):
             began = time.monotonic()
+            quantize = self._quantize(want.params.type)
             try:
                 for rows, weights in _weighed(want, chunk):
-                    tensor.encode(chunk.raw[rows], want.params, out[rows], weights)
+                    tensor.encode(chunk.raw[rows], want.params, out[rows], weights, quantize)
             except tensor.BadWeights as bad:
                 at = f" in row {chunk.row + bad.row}" if bad.row is not None else ""
                 raise InputError(chunk.task.pieces[0].name, bad.fact + at, bad.remedy) from None
-            times.append((want.params.type, chunk.rows * want.params.cols, time.monotonic() - began))
+            rate = rate_name(want.params.type, self.task.device)
+            times.append((rate, chunk.rows * want.params.cols, time.monotonic() - began))
         return times
+
+    def _quantize(self, type_: str) -> tensor.Quantize:
+        """The quantizer of a type, for this thread: its own stream of the GPU, or the CPU's."""
+        if self.gpu is None or not on_gpu(type_, self.task.device):
+            return kernels.quantize_into
+        if not hasattr(self.of_thread, "stream"):
+            self.of_thread.stream = self.gpu.Stream(self.device_bytes)
+        stream: Stream = self.of_thread.stream
+        return stream.quantize_into
 
     # reuse -----------------------------------------------------------------------------------------------------------
 
@@ -426,16 +496,19 @@ class Pass:
             item = self.ready.get()
             if item is None:
                 return
-            work, chunk, future = item
+            work, chunk, encoded, hashed = item
+            using: tuple[Future[Any], ...] = (encoded, hashed)
             try:
-                for type_, weights, seconds in future.result():
-                    self.tally.encode(type_, weights, seconds)
+                for rate, weights, seconds in encoded.result():
+                    self.tally.encode(rate, weights, seconds)
+                hashed.result()
                 self.tally.seconds["wait_encode"] += time.monotonic() - began
                 if self.failure is None:
                     self._write(work, chunk)
             except BaseException as error:
                 self.failure = self.failure or error
             finally:
+                wait(using)  # the next bytes in a buffer that is being hashed would get into its digest
                 self.free.put(chunk.slot)
                 if chunk.last or self.failure is not None:
                     work.locks.close()

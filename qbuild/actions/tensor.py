@@ -5,6 +5,7 @@ Blocks depend on their own row alone, so a tensor is encoded chunk by chunk and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ from qbuild.ggml import QTYPES
 
 KIND = "gguf.tensor"
 SALT = 1
+
+# Weights, uint8 rows to fill, type, imatrix: as kernels.quantize_into, on any device.
+Quantize = Callable[[np.ndarray, np.ndarray, str, np.ndarray | None], None]
 
 _VIEWS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
@@ -73,8 +77,15 @@ def _verbatim(params: Params) -> bool:
     return params.transform.kind == "none" and params.type == params.dtype and QTYPES[params.type].quantized
 
 
-def encode(raw: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray | None = None) -> None:
-    """Encode whole rows. ``raw``: uint8 [rows, source row bytes]; ``out``: uint8 [rows, output row bytes].
+def encode(
+    raw: np.ndarray,
+    params: Params,
+    out: np.ndarray,
+    imatrix: np.ndarray | None = None,
+    quantize: Quantize = kernels.quantize_into,
+) -> None:
+    """Encode whole rows. ``raw``: uint8 [rows, source row bytes]; ``out``: uint8 [rows, output row bytes]. ``quantize``
+    makes the blocks; what comes before, and the checks, are the same wherever it does.
 
     Raises BadWeights when a weight is NaN or infinite, or a block scale leaves float16's range: llama.cpp refuses
     such tensors too, and a file with them answers nonsense.
@@ -92,10 +103,17 @@ def encode(raw: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray
         raise BadWeights(bad, "NaN or infinite weights", "repair the checkpoint: no format can hold them")
     if params.transform.kind != "none":
         values = params.transform.apply(values)
-    _encode_values(values, params, out, imatrix)
+    _encode_values(values, params, out, imatrix, quantize)
 
 
-def _encode_values(values: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray | None) -> None:
+def held_as(params: Params) -> str:
+    """The type of the values that a quantizer is given."""
+    return params.stored if not QTYPES[params.stored].quantized else "F32"
+
+
+def _encode_values(
+    values: np.ndarray, params: Params, out: np.ndarray, imatrix: np.ndarray | None, quantize: Quantize
+) -> None:
     held = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint16): "BF16"}[values.dtype]
     if held != params.stored and not QTYPES[params.stored].quantized:
         stored = np.empty(values.shape, _VIEWS[params.stored])
@@ -108,7 +126,7 @@ def _encode_values(values: np.ndarray, params: Params, out: np.ndarray, imatrix:
         else:
             kernels.cast_into(values, target, held, params.type)
         return
-    kernels.quantize_into(values, out, params.type, imatrix)
+    quantize(values, out, params.type, imatrix)
     block = kernels.invalid_blocks(out, params.type)
     if block is not None:
         fact = f"a {params.type} block scale is outside float16's range"

@@ -1,6 +1,8 @@
 """Compile the kernels a pass needs, once per machine, in a process that ends before the pass begins.
 
-Compiling takes seconds and memory of its own; here it is a step with a name instead of a stall.
+Compiling takes seconds and memory of its own; here it is a step with a name instead of a stall. What was compiled for a
+GPU is held against the CPU's kernels before its first use: that bytes are equal rests on this very GPU, driver and
+compiler, and the tests know only some.
 """
 
 from __future__ import annotations
@@ -8,26 +10,50 @@ from __future__ import annotations
 import contextlib
 import platform
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from qbuild import kernels, machine
 from qbuild.digest import digest_bytes
+from qbuild.errors import ActionFailed
+from qbuild.ggml import QTYPES
+from qbuild.kernels.gpu.table import footprint
 
 RAM = 320 << 20  # LLVM at work: about 300 MiB with every type compiled, 150 when the cache has them
+RAM_CUDA = 1150 << 20  # and with torch, a CUDA context and Triton (its parts were measured: 665, 145, 300)
+VRAM = 16 << 20  # what the rows take that are compared
+
+
+class OnGpu(NamedTuple):
+    """A kernel on a GPU is one for a type, the type that it reads, and whether columns are weighed."""
+
+    type: str
+    held: str
+    weighted: bool
 
 
 @dataclass(frozen=True)
 class Task:
     types: tuple[str, ...]
     dtypes: tuple[str, ...]
+    on_gpu: tuple[OnGpu, ...] = ()
+
+
+def ram(task: Task) -> int:
+    """Peak bytes of the process that compiles these kernels."""
+    return RAM_CUDA if task.on_gpu else RAM
 
 
 def stamp(task: Task) -> str:
     """Names a compilation: what numba's disk cache depends on, without loading numba."""
     folder = Path(kernels.__file__).parent
-    stats = [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.glob("*.py"))]
-    text = repr((task, stats, str(folder), version("numba"), platform.python_version(), _cpu()))
+    stats = [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*.py"))]
+    gpu = (version("triton"), *(g.name for g in machine.gpus()[:1])) if task.on_gpu else ()
+    text = repr((task, stats, str(folder), version("numba"), platform.python_version(), _cpu(), gpu))
     return digest_bytes(text.encode()).hash
 
 
@@ -55,3 +81,32 @@ def _cpu() -> str:
 def run(task: Task) -> None:
     for dtype in task.dtypes:
         kernels.warm(task.types, dtype)
+    if task.on_gpu:
+        encode = import_module("qbuild.kernels.gpu.encode")
+        for kernel in task.on_gpu:
+            _compare(encode, kernel)
+
+
+def _compare(encode: Any, kernel: OnGpu) -> None:
+    x = hard_rows(kernel.held)
+    imatrix = np.geomspace(1e-6, 1e6, x.shape[1], dtype=np.float32) if kernel.weighted else None
+    found = np.empty((len(x), QTYPES[kernel.type].row_bytes(x.shape[1])), np.uint8)
+    stream = encode.Stream(footprint(kernel.type, x.size, x.shape[1], x.itemsize))
+    stream.quantize_into(x, found, kernel.type, imatrix)
+    if not np.array_equal(found, kernels.quantize(x, kernel.type, imatrix)):
+        fact = f"the GPU's {kernel.type} blocks are not those of the CPU, with triton {version('triton')}"
+        raise ActionFailed("device", fact, "device=cpu")
+
+
+def hard_rows(held: str) -> np.ndarray:
+    """[rows, 512] weights in F32, F16 or BF16 that take a quantizer's every path: outliers, ties, ranges of an ulp."""
+    rng = np.random.default_rng(1)
+    normal = rng.standard_normal((8, 512)).astype(np.float32) * np.float32(0.02)
+    narrow = np.float32(-0.1) + rng.integers(0, 3, normal.shape).astype(np.float32) * np.float32(2.0**-27)
+    scales = (10.0 ** rng.uniform(-38, 4, (8, 16))).astype(np.float32).repeat(32, axis=1)
+    outliers = np.where(rng.random(normal.shape) < 0.02, normal * 1000, normal)
+    ties = rng.integers(-3, 4, normal.shape).astype(np.float32) / 8
+    x = np.concatenate((normal, np.abs(normal), -np.abs(normal), 0 * normal, narrow, normal * scales, outliers, ties))
+    if held == "BF16":
+        return (x.view(np.uint32) >> 16).astype(np.uint16)
+    return x.astype(np.float16) if held == "F16" else x

@@ -6,94 +6,26 @@ threads overlap what goes up, what is computed and what comes down.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from qbuild.budget import format_size
+from qbuild.errors import ActionFailed
 from qbuild.ggml import QTYPES
 from qbuild.kernels.gpu import blocks as k
+from qbuild.kernels.gpu.table import TYPES, Type, parts, planes
 from qbuild.kernels.numerators import CODES, SYMMETRIC, steps
 
-__all__ = ["TYPES", "Stream", "footprint", "pin", "quantize", "workspace"]
+__all__ = ["Stream", "pin", "quantize"]
 
 _LANES = {"BLOCK": 128, "num_warps": 4, "enable_fp_fusion": False}  # one element to a thread: see lanes
-_CASTS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.int16}
-
-
-@dataclass(frozen=True)
-class Field:
-    """Bytes of a block that hold levels: ``pack`` says how."""
-
-    at: int
-    nbytes: int
-    run: int
-    count: int
-    right: int
-    bits: int
-
-
-@dataclass(frozen=True)
-class Type:
-    """A type: weights one lane searches, highest level (or half the levels, if signed), rules, fields."""
-
-    sub: int
-    top: int
-    plain: str  # what weighs a weight without an imatrix
-    weighted: str  # and with one
-    fields: tuple[Field, ...]
-    sigma: float = 2.0  # with an imatrix, sigma2 = sigma * mean(x * x)
-    first: float = 0.0  # numerators of the search without an imatrix: first + 0.1 * s + top
-    tries: int = 0
-    minimum: bool = True
-
-    @property
-    def legacy(self) -> bool:
-        return self.plain == "round"
-
-
-def _legacy(top: int, minimum: bool) -> Type:
-    at = 4 if minimum else 2
-    fifth = (Field(at, 4, 1, 8, 4, 1),) if top == 31 else ()
-    return Type(32, top, "round", "sigma", (*fifth, Field(at + 4 * len(fifth), 16, 16, 2, 0, 4)), 1.0, minimum=minimum)
-
-
-TYPES = {
-    "Q8_0": Type(32, 255, "round", "round", (Field(2, 32, 32, 1, 0, 8),), minimum=False),
-    "Q4_0": _legacy(15, False),
-    "Q4_1": _legacy(15, True),
-    "Q5_0": _legacy(31, False),
-    "Q5_1": _legacy(31, True),
-    "Q2_K": Type(16, 3, "magnitude", "sigma", (Field(16, 64, 32, 4, 0, 2),), 1.0, -0.5, 16),
-    "Q4_K": Type(32, 15, "average", "sigma", (Field(16, 128, 32, 2, 0, 4),), 2.0, -1.0, 21),
-    "Q5_K": Type(
-        32, 31, "average", "sigma", (Field(16, 32, 32, 8, 4, 1), Field(48, 128, 32, 2, 0, 4)), 2.0, -0.5, 16
-    ),
-    "Q3_K": Type(
-        16, 4, "square", "sigma", (Field(0, 32, 32, 8, 2, 1), Field(32, 64, 32, 4, 0, 2)), minimum=False
-    ),
-    "Q6_K": Type(
-        16, 32, "square", "imatrix", (Field(0, 128, 64, 2, 0, 4), Field(128, 64, 32, 4, 4, 2)), minimum=False
-    ),
-}  # fmt: skip
-
-
-def workspace(name: str, weights: int) -> int:
-    """Bytes of device scratch that ``quantize`` takes for a chunk of ``weights``."""
-    if name in _CASTS:
-        return 0
-    t = TYPES[name]
-    subs = weights // t.sub
-    planes = 0 if t.plain == "round" and t.weighted == "round" else 2 + (name == "Q3_K")
-    return 4 * (planes * weights + 10 * subs)
-
-
-def footprint(name: str, weights: int, cols: int, source_bytes: int = 4) -> int:
-    """Bytes of device memory one ``Stream`` holds while chunks of ``weights`` pass through it."""
-    out = weights // QTYPES[name].block * QTYPES[name].nbytes
-    return workspace(name, weights) + weights * source_bytes + out + 4 * cols
+_SEARCH = {"BLOCK": 32, "num_warps": 1, "enable_fp_fusion": False}  # no warp waits for another
+_LAUNCHING = threading.Lock()  # a first launch loads or compiles, which Triton does not call safe between threads
+_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.int16: "BF16"}
 
 
 def _numerators(t: Type, weighted: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -112,8 +44,8 @@ def _on_device(t: Type, weighted: bool, device: Any) -> tuple[Any, Any]:
     return search, codes
 
 
-def _grid(n: int) -> tuple[int]:
-    return (-(-n // _LANES["BLOCK"]),)
+def _grid(n: int, launch: dict[str, int] = _LANES) -> tuple[int]:
+    return (-(-n // launch["BLOCK"]),)
 
 
 class _Job:
@@ -122,90 +54,81 @@ class _Job:
     def __init__(self, name: str, source: Any, out: Any, cols: int, imatrix: Any, scratch: Any) -> None:
         self.name, self.t, self.source, self.out, self.cols = name, TYPES[name], source, out, cols
         self.imatrix = None if name == "Q8_0" else imatrix
-        self.bf16, self.nbytes, self.block = source.dtype == torch.int16, QTYPES[name].nbytes, QTYPES[name].block
+        self.kind, self.nbytes, self.block = _KINDS[source.dtype], QTYPES[name].nbytes, QTYPES[name].block
         self.n, self.blocks = source.numel() // self.t.sub, source.numel() // self.block
-        n, at = self.n, 0
-        sizes = {"fits": 5 * n, "d": 2 * n, "codes": 2 * n, "sigma2": n}
-        if len(scratch) > 10 * n:
-            sizes |= {"x": source.numel(), "w": source.numel()}
-        if name == "Q3_K":
-            sizes |= {"kept": source.numel()}
-        self.planes = {}
-        for plane, size in sizes.items():
-            self.planes[plane] = scratch[at : at + size]
-            at += size
+        sizes = planes(name, source.numel())
+        self.fits, self.d, self.sigma2, self.kept = scratch[: sum(sizes)].split(sizes)
 
     def run(self) -> None:
-        t, p = self.t, self.planes
+        t = self.t
         weighted = self.imatrix is not None
         if t.legacy and not weighted:
             k.round_legacy[_grid(self.n)](
-                self.source, p["fits"], self.out, self.n, self.bf16, t.top, t.minimum, self.nbytes, **_LANES
+                self.source, self.fits, self.out, self.n, self.kind, t.top, t.minimum, self.nbytes, **_LANES
             )
             self.pack("q8" if t.top == 255 else "round" if t.minimum else "round_signed", t.top)
             return
         search, codes = _on_device(t, weighted, self.source.device)
-        self.weigh(weighted)
         if t.minimum:
             self.search_affine(search, codes, weighted)
         else:
             self.search_symmetric(search, codes, weighted)
 
-    def weigh(self, weighted: bool) -> None:
-        t, p = self.t, self.planes
-        rule = t.weighted if weighted else t.plain
-        span = self.cols if t.legacy else 256
+    def weighed(self, weighted: bool) -> tuple[tuple[Any, ...], tuple[int, int, int], str]:
+        """What a search weighs by: source, imatrix and mean squares; how they are indexed; the rule."""
+        t = self.t
+        rule, span = (t.weighted if weighted else t.plain), (self.cols if t.legacy else 256)
+        words = self.source.view(torch.int64)
         if rule == "sigma":
             runs = self.source.numel() // span
-            k.mean_square[_grid(runs)](self.source, p["sigma2"], runs, span, t.sigma, self.bf16, **_LANES)
-        imatrix = self.imatrix if weighted else p["x"]
-        k.weigh[_grid(self.n)](
-            self.source, imatrix, p["sigma2"], p["x"], p["w"], self.n, self.cols, span // t.sub,
-            self.bf16, t.sub, rule, **_LANES,
-        )  # fmt: skip
+            k.mean_square[_grid(runs)](words, self.sigma2, runs, span, t.sigma, self.kind, **_LANES)
+        imatrix = words if self.imatrix is None else self.imatrix.view(torch.int64)
+        return (words, imatrix, self.sigma2), (self.n, self.cols, span // t.sub), rule
 
     def search_affine(self, search: Any, codes: Any, weighted: bool) -> None:
-        t, p = self.t, self.planes
+        t = self.t
+        inputs, sizes, rule = self.weighed(weighted)
         absolute = self.name == "Q2_K" and not weighted
-        k.search_affine[_grid(self.n)](
-            p["x"], p["w"], p["fits"], search, self.n, t.sub, float(t.top), len(search), absolute, **_LANES
-        )
+        for calm in (True, False):
+            k.search_affine[_grid(self.n, _SEARCH)](
+                *inputs, self.fits, self.d, search, *sizes,
+                self.kind, t.sub, float(t.top), len(search), absolute, rule, calm, **_SEARCH,
+            )  # fmt: skip
         if t.legacy:
-            k.head_legacy[_grid(self.n)](p["fits"], self.out, self.n, True, self.nbytes, **_LANES)
+            k.head_legacy[_grid(self.n)](self.fits, self.out, self.n, True, self.nbytes, **_LANES)
             self.pack("fitted", float(t.top))
             return
         limit = self.name == "Q5_K" or (self.name == "Q4_K" and not weighted)
-        k.scales_affine[_grid(self.blocks)](
-            p["fits"], p["codes"].view(torch.int32), p["d"], codes, self.out, self.n, self.blocks,
-            256 // t.sub, 15 if t.sub == 16 else 63, self.nbytes, weighted, limit, **_LANES,
+        k.scales_affine[_grid(self.blocks, _SEARCH)](
+            self.fits, self.d, codes, self.out, self.n, self.blocks,
+            256 // t.sub, 15 if t.sub == 16 else 63, self.nbytes, weighted, limit, **_SEARCH,
         )  # fmt: skip
         self.pack("affine", float(t.top))
 
     def search_symmetric(self, search: Any, codes: Any, weighted: bool) -> None:
-        t, p = self.t, self.planes
+        t = self.t
+        inputs, sizes, rule = self.weighed(weighted)
         descend = self.name == "Q3_K" and not weighted
         half = float((t.top + 1) // 2 if t.legacy else t.top)
-        k.search_scale[_grid(self.n)](
-            p["x"], p["w"], p["fits"], p.get("kept", p["x"]), search, self.n, t.sub, half, 19, descend, **_LANES
+        k.search_scale[_grid(self.n, _SEARCH)](
+            *inputs, self.fits, self.kept, search, *sizes, self.kind, t.sub, half, 19, descend, rule, **_SEARCH
         )
         if t.legacy:
-            k.head_legacy[_grid(self.n)](p["fits"], self.out, self.n, False, self.nbytes, **_LANES)
+            k.head_legacy[_grid(self.n)](self.fits, self.out, self.n, False, self.nbytes, **_LANES)
             self.pack("fitted_signed", half)
             return
         fit = self.name == "Q3_K" and weighted
-        k.scales_symmetric[_grid(self.blocks)](
-            p["fits"], p["codes"].view(torch.int32), p["d"], codes, self.out, self.n, self.blocks,
-            self.name == "Q3_K", fit, **_LANES,
-        )  # fmt: skip
+        k.scales_symmetric[_grid(self.blocks, _SEARCH)](
+            self.fits, self.d, codes, self.out, self.n, self.blocks, self.name == "Q3_K", fit, **_SEARCH
+        )
         self.pack("descended" if descend else "symmetric", half)
 
     def pack(self, rule: str, top: float) -> None:
-        p = self.planes
         for f in self.t.fields:
             size = self.blocks * f.nbytes
             k.pack[_grid(size)](
-                self.source, p["fits"], p["d"], p.get("kept", p["fits"]), self.out, self.n, size,
-                self.bf16, self.t.sub, top, rule, self.nbytes, self.block,
+                self.source, self.fits, self.d, self.kept, self.out, self.n, size,
+                self.kind, self.t.sub, top, rule, self.nbytes, self.block,
                 f.at, f.nbytes, f.run, f.count, f.right, f.bits, **_LANES,
             )  # fmt: skip
 
@@ -214,32 +137,32 @@ def quantize(name: str, source: Any, out: Any, cols: int, imatrix: Any = None, s
     """Queue the quantization of whole rows on the current CUDA stream.
 
     source: float32, float16, or int16 (the bits of bfloat16), flat, finite, below 2**31 weights; out: uint8, flat;
-    imatrix: float32 [cols]; scratch: uint8 of at least ``workspace`` bytes, all on one device.
+    imatrix: float32 [cols]; scratch: float32 of at least ``planes`` floats, all on one device, aligned to 256 bytes.
     """
-    if name in _CASTS:
-        size = source.numel()
-        target = out.view(_CASTS[name])
-        k.cast[_grid(size)](source, target, size, source.dtype == torch.int16, name, **_LANES)
-        return
-    need = workspace(name, source.numel())
     if scratch is None:
-        scratch = torch.empty(need, dtype=torch.uint8, device=source.device)
-    _Job(name, source, out, cols, imatrix, scratch[:need].view(torch.float32)).run()
+        scratch = torch.empty(sum(planes(name, source.numel())), dtype=torch.float32, device=source.device)
+    with _LAUNCHING:
+        _Job(name, source, out, cols, imatrix, scratch).run()
 
 
 def pin(buffer: np.ndarray) -> None:
-    """Lock a host buffer in memory for the buffer's life, so that copies to and from it run beside kernels."""
-    code = int(torch.cuda.cudart().cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0))
-    if code:
-        raise RuntimeError(f"cudaHostRegister: error {code} for {buffer.nbytes} bytes")
+    """Lock a host buffer in memory for the life of the process, so that copies to and from it run beside kernels.
+    Where the system allows no more of that, copies are slower and no less right."""
+    torch.cuda.cudart().cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0)
 
 
 class Stream:
     """Chunks through a device, from host memory to host memory; for one thread. Holds ``nbytes`` of device memory."""
 
     def __init__(self, nbytes: int, device: str = "cuda") -> None:
-        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.stream = torch.cuda.Stream(device) if self.memory.is_cuda else None
+        """Raises ActionFailed where the device has no such memory left."""
+        try:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            self.stream = torch.cuda.Stream(device) if self.memory.is_cuda else None
+        except torch.OutOfMemoryError:
+            free, total = map(format_size, torch.cuda.mem_get_info())
+            fact = f"the GPU has no {format_size(nbytes)} of memory left: {free} of {total} are free"
+            raise ActionFailed("device", fact, "budget.vram=SIZE for less, or device=cpu") from None
 
     def quantize_into(self, x: np.ndarray, out: np.ndarray, name: str, imatrix: np.ndarray | None = None) -> None:
         """As ``kernels.quantize_into``; returns when ``out`` is complete. Rows must fit ``footprint``."""
@@ -250,24 +173,17 @@ class Stream:
                 self.stream.synchronize()
 
     def _queue(self, x: np.ndarray, name: str, imatrix: np.ndarray | None) -> Any:
-        held = x.view(np.int16) if x.dtype == np.uint16 else x
-        host, at = torch.from_numpy(held.reshape(-1)), 0
-        need = workspace(name, x.size)
-        parts = []
-        out_bytes = x.size // QTYPES[name].block * QTYPES[name].nbytes
-        for size in (need, host.nbytes, 0 if imatrix is None else imatrix.nbytes, out_bytes):
-            parts.append(self.memory[at : at + size])
-            at += size
-        if at > len(self.memory):
-            raise ValueError(
-                f"{name}: a chunk of {x.size} weights needs {at} bytes of device memory, not {len(self.memory)}"
-            )
-        scratch, raw, weights, result = parts
-        source = raw.view(host.dtype)
+        host = torch.from_numpy((x.view(np.int16) if x.dtype == np.uint16 else x).reshape(-1))
+        sizes = parts(name, x.size, x.shape[1], host.itemsize)
+        if sum(sizes) > len(self.memory):
+            raise ValueError(f"{name}: {x.size} weights need {sum(sizes)} bytes of the device, not {len(self.memory)}")
+        scratch, raw, weights, result = self.memory[: sum(sizes)].split(sizes)
+        source = raw[: host.nbytes].view(host.dtype)
         source.copy_(host, non_blocking=True)
         importance = None
         if imatrix is not None:
-            importance = weights.view(torch.float32)
-            importance.copy_(torch.from_numpy(imatrix), non_blocking=True)
-        quantize(name, source, result, x.shape[1], importance, scratch)
+            importance = weights[: imatrix.nbytes].view(torch.float32)
+            importance.copy_(torch.tensor(imatrix), non_blocking=True)
+        result = result[: x.size // QTYPES[name].block * QTYPES[name].nbytes]
+        quantize(name, source, result, x.shape[1], importance, scratch.view(torch.float32))
         return result
