@@ -29,6 +29,7 @@ from qbuild.imatrix import load as load_imatrix
 from qbuild.source import open_source
 
 AUTO = "auto"  # the value of ``imatrix`` that asks for one made by calibration
+MAX_SHARDS = 200  # of a target: each takes three open files
 FIXED = ("general.architecture", "general.alignment")
 COUNTS = ("block_count", "attention.head_count", "attention.head_count_kv", "expert_count")  # decide types, too
 Choices = Sequence[tuple[TensorSpec, str]]
@@ -343,6 +344,9 @@ def _shards(target: schema.GgufTarget, tensors: Sequence[Named], place: str) -> 
     if not counts[0]:
         fact = f"the first tensor, {tensors[0][0]}, is larger than {target.max_shard_size}"
         raise ConfigError(f"{place}.max_shard_size", fact, f"at least {layout(tensors[:1])[1]} bytes")
+    if len(counts) > MAX_SHARDS:
+        fact = f"{target.max_shard_size} makes {len(counts)} files, which are open at once"
+        raise ConfigError(f"{place}.max_shard_size", fact, f"a size that makes {MAX_SHARDS} at most")
     return tuple(counts) if len(counts) > 1 else ()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import qbuild
-from qbuild import schema
+from qbuild import recipe, schema
 from qbuild.errors import ConfigError
 from qbuild.gguffile import read_header
 from qbuild.store import Store
@@ -107,6 +107,12 @@ def test_targets_whose_headers_are_equal_are_written_apart() -> None:
     shutil.rmtree("store")
     alone = build({"gate": parts["gate"]}).targets["gate"]
     assert alone.digest == both["gate"].digest
+
+
+def test_more_shards_than_files_can_be_open_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "MAX_SHARDS", 3)
+    with pytest.raises(ConfigError, match="1MB makes 4 files"):
+        build(shards())
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def ours(model: Path, out: Path, types: list[str], matrix: str | None) -> dict[s
     command += [f"store.dir={out}/store", f"out={out}/out", "format=json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=out)
     if done.returncode:
-        raise SystemExit(done.stderr)
+        raise SystemExit(done.stderr or done.stdout)  # an error of format=json is a document
     made = json.loads(done.stdout)["targets"]
     return {name: made[name.lower()]["digest"] for name in types}
 
