@@ -78,6 +78,11 @@ class Calibration:
         )
         self.detail = "gram" if grams else "diagonal"
 
+    @property
+    def rows(self) -> int:
+        """Of the embedding: more tokens than these the model does not know."""
+        return max((self.checkpoint.tensors[name].shape[0] for name in self.model.before), default=1 << 31)
+
     # sources ---------------------------------------------------------------------------------------------------------
 
     def source(self, name: str) -> Source:
@@ -100,7 +105,7 @@ class Calibration:
         begin = isinstance(wanted, schema.EvaluationConf)
         params = tokens.Params(int(wanted.samples), int(wanted.length), wanted.seed, begin)
         vocabulary = [(name, self._side_file(name)) for name in tokens.TOKENIZER if name in self.checkpoint.aux]
-        texts = _texts(wanted.source or tokens.BUILTIN, fetch=self.fetch)
+        texts = _texts(wanted.source or tokens.BUILTIN, fetch=self.fetch, offline=self.config.offline)
         return self.graph.add(Action(name, tokens.KIND, params, (*texts, *vocabulary)))
 
     def weights(self, layer: int) -> Output:
@@ -266,11 +271,11 @@ class Calibration:
         return any(piece.source.removesuffix(".weight") in linears for piece in spec.pieces)
 
 
-def _texts(source: str, *, fetch: bool) -> tuple[tuple[str, Input], ...]:
+def _texts(source: str, *, fetch: bool, offline: bool) -> tuple[tuple[str, Input], ...]:
     """A text by content: its files, or the documents that come with qbuild."""
     if source == tokens.BUILTIN:
         return (("text", digest_bytes(repr(documents(None)).encode())),)
-    paths = files(source, fetch=fetch)
+    paths = files(source, fetch=fetch, offline=offline)
     if not paths:  # of the Hub, not fetched by a plan
         return (("text", digest_bytes(source.encode())),)
     return tuple((f"text {p.name}", Source(p.name, str(p.absolute()), 0, p.stat().st_size)) for p in paths)

@@ -68,9 +68,6 @@ class Stage:
     def run(self) -> None:
         self._settle()
         actions = self.resolved.graph.actions
-        sources = hashed(self.resolved, self._missing())
-        self.read_bytes += hash_sources(self.plan, self.jobs, self.judge, sources)
-        self._settle()
         runners = {
             tokens.KIND: self._tokens,
             statistics.KIND: self._statistics,
@@ -82,6 +79,10 @@ class Stage:
         }
         self._environments()
         for step in self.plan.steps:
+            if step.kind == "source.hash":
+                sources = hashed(self.resolved, self._missing())
+                self.read_bytes += hash_sources(self.plan, self.jobs, self.judge, sources)
+                self._settle()
             todo = [actions[a] for a in self._missing() if actions[a].kind == step.kind]
             if todo:
                 self.seconds[step.kind] = seconds = runners[step.kind](step, todo)
@@ -134,7 +135,9 @@ class Stage:
             conf = config.calibration if action.id == "tokens" else config.evaluation
             use = "calibration" if action.id == "tokens" else "evaluation"
             text = None if conf.source == tokens.BUILTIN else conf.source
-            task = tokens.Task(use, text, checkpoint.source, files, action.params)
+            task = tokens.Task(
+                use, text, checkpoint.source, files, action.params, self.calibration.rows, config.offline
+            )
             done = self.jobs.run(step.kind, action.id, task, step.ram, step.vram)
             self.cache.put(self._key(action), ActionResult(step.kind, (done.value,), done.seconds, done.peak))
             self._note(action.id, done.value)

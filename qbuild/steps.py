@@ -23,6 +23,7 @@ from qbuild.backends import footprint as libraries
 from qbuild.budget import Budget, Remedy, refuse
 from qbuild.calibrated import CalibratedTarget, Calibration
 from qbuild.calibration import extent, shapes
+from qbuild.calibration.texts import check
 from qbuild.digest import Digest
 from qbuild.evaluation import footprint
 from qbuild.graph import Action, Source
@@ -127,10 +128,12 @@ def steps(resolved: Resolved, judge: Judged, budget: Budget) -> tuple[Step, ...]
         directory.KIND: planner.directories,
         backend.KIND: planner.backends,
     }
-    made = tuple(make(todo[kind]) for kind, make in makers.items() if kind in todo)
+    made = [make(todo[kind]) for kind, make in makers.items() if kind in todo]
     planner.check(made)
     unknown = {s for s in hashed(resolved, ids) if judge.digest(s) is None} if made else set()
-    return (*planner.hashing(unknown), *made)
+    if unknown:  # behind the text, which takes no time and may be wrong
+        made.insert(1 if tokens.KIND in todo else 0, planner.hashing(unknown))
+    return tuple(made)
 
 
 def evaluations(resolved: Resolved, judge: Judged, budget: Budget) -> tuple[Step, ...]:
@@ -170,11 +173,11 @@ class _Planner:
         """Operations a second of what computes: of ``threads``, or of the device."""
         return self.judge.rate(rate_name(kind, self.calibration.device)) * (1 if self.cuda else threads)
 
-    def hashing(self, unknown: set[Source]) -> tuple[Step, ...]:
+    def hashing(self, unknown: set[Source]) -> Step:
         """Every key of a calibrated build rests on the source's bytes, so those that are not known are read first."""
         nbytes = sum(source.nbytes for source in unknown)
         seconds = nbytes / self.judge.rate("read")
-        return (Step("source.hash", "hashing", len(unknown), hashing.RAM, seconds, read=nbytes),) if unknown else ()
+        return Step("source.hash", "hashing", len(unknown), hashing.RAM, seconds, read=nbytes)
 
     def _bytes(self, names: Iterable[str]) -> int:
         return sum(self.resolved.checkpoint.tensors[name].nbytes for name in names)
@@ -185,7 +188,11 @@ class _Planner:
         return self._bytes(names) + self._bytes(self.model.before)
 
     def tokens(self, todo: list[Action]) -> Step:
-        """Of the calibration and of the evaluation, one after the other."""
+        """Of the calibration and of the evaluation, one after the other. Raises InputError for a text of no use."""
+        config = self.resolved.config
+        for use, conf in (("calibration", config.calibration), ("evaluation", config.evaluation)):
+            if conf.source not in (None, tokens.BUILTIN):
+                check(conf.source, int(conf.length), use)
         aux = self.resolved.checkpoint.aux
         sizes = [sum(s.nbytes for s in _sources(a) if s.name not in aux) or BUILTIN_BYTES for a in todo]
         ram = max(tokens.ram(aux, nbytes) for nbytes in sizes)

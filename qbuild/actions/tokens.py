@@ -36,6 +36,8 @@ class Task:
     model: str
     tokenizer: Mapping[str, Path]
     params: Params
+    rows: int  # of the model's embedding
+    offline: bool
 
 
 def ram(tokenizer: Mapping[str, Path], text_bytes: int) -> int:

@@ -270,7 +270,7 @@ class Collector:
         if len(bad):
             columns = f"{len(bad)} of {len(diagonal)} columns, first {int(bad[0])}"
             fact = f"the inputs of {name} are NaN or infinite in {columns}"
-            remedy = "check the weights of the layers before it, or compute in float32: calibration.dtype=float32"
+            remedy = "values overflow in this layer or one before: check that the weights belong to this config.json"
             raise InputError(f"layer {self.layer}", fact, remedy)
         if sums.gram is not None:
             sums.gram.diagonal().copy_(diagonal)

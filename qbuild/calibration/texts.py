@@ -15,7 +15,7 @@ from typing import Any
 
 from qbuild.errors import InputError
 
-__all__ = ["Document", "documents", "files"]
+__all__ = ["Document", "check", "documents", "files"]
 
 Document = str | list[dict[str, str]]
 
@@ -28,26 +28,42 @@ ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(.+))?")
 KINDS = "calibration.source=FILE.txt, FILE.jsonl, a directory of them, or ORG/NAME/FILE.jsonl on the Hub"
 
 
-def documents(source: str | None) -> list[Document]:
+def check(source: str, length: int, use: str) -> None:
+    """Raises InputError for a text here that cannot be read, or that is too short for a window of ``length`` tokens
+    whatever the tokenizer: a token is a byte or more, and one or two stand between documents. One on the Hub passes."""
+    if not files(source, fetch=False):
+        return
+    found = documents(source)
+    if not all(isinstance(document, str) for document in found):
+        return  # a template may add much to a conversation
+    size = sum(len(document.encode()) for document in found if isinstance(document, str))
+    if size + 2 * len(found) < length:
+        fact = f"the text is too short: it has {size} bytes, a window needs {length} tokens"
+        raise InputError(f"{use}.source", fact, f"give more text, or lower {use}.length")
+
+
+def documents(source: str | None, *, offline: bool = False) -> list[Document]:
     """The documents of a source; None: the built-in ones.
 
     A ``.txt`` file is one document. A ``.jsonl`` or ``.json`` file has an object in every line, with ``text`` (a
     string) or ``messages``. A directory is its files, by name. ``org/name/file`` that is no path here is fetched from
-    the data set ``org/name`` on the Hub. Raises InputError.
+    the data set ``org/name`` on the Hub; ``offline`` takes it from the Hub's own cache. Raises InputError.
     """
     if source is None:
         return list(_built_in())
-    found = [document for file in files(source, fetch=True) for document in _file(file, source) if document]
+    found = [
+        document for file in files(source, fetch=True, offline=offline) for document in _file(file, source) if document
+    ]
     if not found:
         raise InputError(source, "has no text in it", KINDS)
     return found
 
 
-def files(source: str, *, fetch: bool) -> list[Path]:
+def files(source: str, *, fetch: bool, offline: bool = False) -> list[Path]:
     """The files of a source. Without ``fetch`` one on the Hub has none. Raises InputError."""
     path = Path(source).expanduser()
     if not path.exists() and path.suffix not in SUFFIXES[:1] and (match := ON_HUB.fullmatch(source)):
-        return [_fetched(match[1], match[2], source)] if fetch else []
+        return [_fetched(match[1], match[2], source, offline)] if fetch else []
     if not path.exists():
         raise InputError(source, "there is no such file or directory", KINDS)
     if not path.is_dir():
@@ -111,16 +127,18 @@ def _is_conversation(messages: Any) -> bool:
     )
 
 
-def _fetched(repo: str, name: str | None, source: str) -> Path:
+def _fetched(repo: str, name: str | None, source: str, offline: bool) -> Path:
     """One file of a data set, in the Hub's own cache."""
     from huggingface_hub import HfApi, errors, get_session, hf_hub_download
 
     transport = importlib.import_module(type(get_session()).__module__.partition(".")[0]).HTTPError
     try:
+        if name is None and offline:
+            raise InputError(source, "is a data set, and offline=true: its files cannot be listed", KINDS)
         if name is None:
             there = [f.rfilename for f in HfApi().dataset_info(repo).siblings or [] if f.rfilename.endswith(SUFFIXES)]
             raise InputError(source, _choice(there), f"name a file of it: {repo}/{there[0] if there else 'FILE.jsonl'}")
-        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+        return Path(hf_hub_download(repo, name, repo_type="dataset", local_files_only=offline))
     except errors.GatedRepoError:
         remedy = f"accept its terms at https://huggingface.co/datasets/{repo}, then set HF_TOKEN to a token of yours"
         raise InputError(source, "is gated: your account has no access, or no token was sent", remedy) from None

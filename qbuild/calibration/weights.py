@@ -60,7 +60,7 @@ class Weights:
     """The parameters of ``model``, a model on the meta device, by where in the checkpoint they come from."""
 
     def __init__(self, model: nn.Module, names: Iterable[str], read: Read) -> None:
-        self.model, self._read = model, read
+        self.model, self._stored = model, read
         self._meta = dict(model.state_dict())
         self._tied = _tied(model)
         self._origins: dict[str, _Origin] = {}
@@ -100,6 +100,16 @@ class Weights:
         made = converter.convert(first, model=self.model, config=self.model.config)
         made = {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
         return {name: self._checked(name, tensor) for name, tensor in made.items()}
+
+    def _read(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint. Raises InputError where a weight is no number: all that follows would be none."""
+        tensor = self._stored(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            bad = torch.nonzero(~torch.isfinite(tensor))
+            if len(bad):  # the sum of large numbers alone may be infinite too
+                fact = f"{len(bad)} of its {tensor.numel()} weights are NaN or infinite, the first at {bad[0].tolist()}"
+                raise InputError(name, fact, "fetch the checkpoint again: its weights are damaged")
+        return tensor
 
     def _checked(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
         wanted = self._meta[parameter].shape

@@ -8,6 +8,7 @@ from qbuild.actions.tokens import Task
 from qbuild.calibration.texts import documents
 from qbuild.calibration.tokens import Shape, begin_token, load_tokenizer, windows
 from qbuild.digest import Digest
+from qbuild.errors import InputError
 from qbuild.jobs import Emit
 from qbuild.store import Store
 
@@ -20,7 +21,10 @@ def run(task: Task, store: Store, emit: Emit) -> Digest:
     tokenizer = load_tokenizer(task.tokenizer, task.model)
     shape = Shape(task.params.samples, task.params.length, task.params.seed)
     begin = begin_token(tokenizer) if task.params.begin else None
-    packed = windows(documents(task.source), tokenizer, shape, begin, use=task.use)
+    packed = windows(documents(task.source, offline=task.offline), tokenizer, shape, begin, use=task.use)
+    if (highest := int(packed.ids.max())) >= task.rows:
+        fact = f"its tokenizer gives the token {highest}, its embedding has {task.rows} rows"
+        raise InputError(task.model, fact, "take the tokenizer that belongs to these weights")
     builtin = f"the text that comes with qbuild ({task.use}.source names another)"
     said = f"{task.use} on {task.source or builtin}: {packed.notice}"
     emit({"event": "message", "level": "info", "text": said})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import Done, Run
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 ONCE = {"calibration.tokens": 1, "calibration.statistics": 3}
@@ -224,9 +225,54 @@ def test_a_group_size_that_does_not_divide_is_refused_when_planned(attempt: Call
     refused(attempt("plan", "target=gptq/w4_g128", "targets.gptq_w4_g128.group_size=80"), 2, "gptq_w4_g128", "80")
 
 
-def test_text_that_is_too_short_is_refused(attempt: Callable[..., Done], text: Path) -> None:
-    text.write_text("Hello.")
-    refused(attempt("target=imatrix"), 4, "calibration.source", "tokens", "a window needs 64")
+def test_text_that_is_too_short_is_refused_before_the_source_is_read(attempt: Callable[..., Done], text: Path) -> None:
+    text.write_text("Internationalization, " * 4)
+    done = attempt("target=imatrix")
+    refused(done, 4, "calibration.source", "tokens", "a window needs 64")
+    assert "hashing" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "has no text"),
+        (b"Hello.", "it has 6 bytes, a window needs 64 tokens"),
+        (b"one\ncaf\xe9 au lait", "text.txt:2 is not UTF-8"),
+    ],
+)
+def test_text_that_cannot_do_is_refused_when_planned(
+    attempt: Callable[..., Done], text: Path, content: bytes, said: str
+) -> None:
+    text.write_bytes(content)
+    refused(attempt("plan", "target=imatrix"), 4, said)
+
+
+def test_a_line_that_is_no_json_is_refused_when_planned(attempt: Callable[..., Done], text: Path) -> None:
+    broken = text.with_suffix(".jsonl")
+    broken.write_text('{"text": "one two"}\n{"text": oops')
+    refused(attempt("plan", "target=imatrix", f"calibration.source={broken}"), 4, "text.jsonl:2", "not JSON")
+
+
+def test_a_data_set_is_not_asked_for_offline(attempt: Callable[..., Done]) -> None:
+    words = "target=imatrix", "calibration.source=org/texts/train.jsonl", "offline=true"
+    refused(attempt(*words), 4, "org/texts/train.jsonl", "the Hub cannot be asked")
+
+
+def test_a_tokenizer_of_another_model_is_refused(attempt: Callable[..., Done], model: Path) -> None:
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
+        tensors[name] = tensors[name][:256].clone()
+    save_file(tensors, path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 256}))
+    refused(attempt("target=imatrix"), 4, "its embedding has 256 rows", "tokenizer")
+
+
+def test_a_weight_that_is_no_number_is_named(attempt: Callable[..., Done], model: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    _change(model / "model.safetensors", name, b"\xc0\x7f")
+    refused(attempt("target=imatrix"), 4, name, "NaN or infinite", "[0, 0]")
 
 
 def test_text_that_is_not_there_is_refused_when_planned(attempt: Callable[..., Done], text: Path) -> None:
@@ -250,10 +296,10 @@ def test_a_budget_that_no_pass_fits_is_refused_with_what_helps(attempt: Callable
     refused(attempt("plan", "target=imatrix", "budget.ram=200MiB"), 3, "calibration", "budget.ram=")
 
 
-def _change(path: Path, name: str) -> None:
-    """Flip a low bit of one weight, in place."""
+def _change(path: Path, name: str, to: bytes = b"") -> None:
+    """Flip a low bit of the first weight of a tensor, or put other bytes in its place."""
     data = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    data[start + header[name]["data_offsets"][0]] ^= 1
+    at = start + json.loads(data[8:start])[name]["data_offsets"][0]
+    data[at : at + max(1, len(to))] = to or bytes([data[at] ^ 1])
     path.write_bytes(data)

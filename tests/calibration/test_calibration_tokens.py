@@ -181,13 +181,14 @@ def test_a_data_sets_file_comes_from_the_hub_and_offline_is_said(
     (tmp_path / "train.jsonl").write_text('{"text": "from afar"}\n')
     asked = []
 
-    def download(repo: str, name: str, *, repo_type: str) -> str:
-        asked.append((repo, name, repo_type))
+    def download(repo: str, name: str, *, repo_type: str, local_files_only: bool) -> str:
+        asked.append((repo, name, repo_type, local_files_only))
         return str(tmp_path / name.rpartition("/")[2])
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert documents("org/some-texts/data/train.jsonl") == ["from afar"]
-    assert asked == [("org/some-texts", "data/train.jsonl", "dataset")]
+    assert documents("org/some-texts/data/train.jsonl", offline=True) == ["from afar"]
+    assert asked == [("org/some-texts", "data/train.jsonl", "dataset", offline) for offline in (False, True)]
 
     def offline(*_: object, **__: object) -> str:
         raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
