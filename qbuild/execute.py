@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import qbuild
-from qbuild import plan, schema, staged, worker
+from qbuild import measured, plan, schema, staged, worker
 from qbuild.actions import directory, file, metadata, stream, warm
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import CalibratedTarget
@@ -20,7 +20,6 @@ from qbuild.errors import ConfigError, StoreError
 from qbuild.graph import Source
 from qbuild.lower import headed, kernels_of, pass_task, predict_ram, predict_vram
 from qbuild.manifest import action_key
-from qbuild.measured import measure
 from qbuild.plan import Judge, Plan
 from qbuild.progress import Sink
 from qbuild.recipe import FileTarget, calibrated
@@ -54,10 +53,9 @@ def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
         run.predicted = predicted
         run.all()
         if made.resolved.evaluation is not None:
-            finished = plan.make(config, fetch=True, spared=plan.SALTS)
-            ran = sum(finished.verdicts[a].state != "hit" for a in made.resolved.evaluation.results.values())
-            run.evaluation = measure(finished, jobs)
-            run.totals["actions"] |= {"evaluation.result": ran} if ran else {}
+            finished = plan.make(config, fetch=True, spared=plan.SALTS.keys() - measured.KINDS)
+            run.totals["actions"] |= measured.counts(finished)
+            run.evaluation = measured.measure(finished, jobs)
         return run.report(time.monotonic() - began)
 
 

@@ -12,7 +12,19 @@ from qbuild.recipe import FileTarget
 from qbuild.running import Jobs
 from qbuild.store import Store
 
-__all__ = ["measure"]
+__all__ = ["KINDS", "counts", "measure"]
+
+KINDS = frozenset((evaluation.STATES, evaluation.RESULT))
+
+
+def counts(made: Plan) -> dict[str, int]:
+    """How many actions of each kind ``measure`` will run."""
+    asked = made.resolved.evaluation
+    missing = [a for a in asked.results.values() if made.verdicts[a].state != "hit"] if asked else []
+    if asked is None or not missing:
+        return {}
+    states = {} if made.verdicts[asked.states].state == "hit" else {evaluation.STATES: 1}
+    return states | {evaluation.RESULT: len(missing)}
 
 
 def measure(made: Plan, jobs: Jobs) -> dict[str, Any] | None:
