@@ -17,6 +17,7 @@ from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import CalibratedTarget
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, StoreError
+from qbuild.gguffile import split_name
 from qbuild.graph import Source
 from qbuild.lower import headed, kernels_of, pass_task, predict_ram, predict_vram
 from qbuild.manifest import action_key
@@ -143,15 +144,15 @@ class _Build:
         if isinstance(made, CalibratedTarget) and made.directory is not None:
             found = {out / made.file_name / inside: digest for inside, digest in self._listed(made, outputs).items()}
             self._clear(out / made.file_name, found)
-        elif isinstance(made, FileTarget) and made.shards:
-            found = {out / name: digest for name, digest in self._listed(made, outputs).items()}
+        elif isinstance(made, FileTarget) and made.shards:  # a target of another name may have made them
+            found = {out / name: digest for name, digest in zip(made.file_names, outputs[1:], strict=True)}
         else:
             found = {out / made.file_name: outputs[0]}
         for path, digest in found.items():
             self.store.link_out(digest, path, self.resolved.config.store.link, target=made.name)
         return list(found)
 
-    def _listed(self, made: FileTarget | CalibratedTarget, outputs: tuple[Digest, ...]) -> dict[str, Digest]:
+    def _listed(self, made: CalibratedTarget, outputs: tuple[Digest, ...]) -> dict[str, Digest]:
         blob = self.store.read_bytes(outputs[0])
         if blob is None:
             raise StoreError(str(self.store.root), f"the list of files of {made.name} is damaged", "run again")
@@ -255,7 +256,8 @@ class _Build:
         outputs = tuple(part.digest for part in parts)
         inputs = self.judge.verdicts["metadata"].outputs if "metadata" in self.judge.verdicts else ()
         if target.shards:
-            listed = self.store.put_bytes(directory.tree(dict(zip(target.file_names, outputs, strict=True))))
+            names = (split_name("shard", number, len(outputs)) for number in range(len(outputs)))
+            listed = self.store.put_bytes(directory.tree(dict(zip(names, outputs, strict=True))))
             outputs, inputs = (listed, *outputs), (*inputs, listed)  # an input: gc keeps the list with the shards
         self.cache.put(verdict.key, ActionResult(file.KIND, outputs, done.seconds, done.peak, inputs=inputs))
         counts = {"hit": sum(part.reused for part in parts), "run": sum(part.computed for part in parts)}

@@ -59,6 +59,14 @@ def test_another_size_of_shards_and_the_whole_file_compute_nothing() -> None:
     assert not any(kv.key.startswith("split.") for kv in read_header(whole.targets["q8_0"].path).kvs)
 
 
+def test_shards_that_a_target_of_another_name_made_get_this_ones_names() -> None:
+    first = build(shards()).targets["q8_0"]
+    second = build({"q8_0": shards()["q8_0"] | {"suffix": "other"}}).targets["q8_0"]
+    assert second.verdicts == {"hit": 29}
+    assert [path.name for path in second.files] == [f"tiny-llama-other-0000{n}-of-00004.gguf" for n in (1, 2, 3, 4)]
+    assert [path.read_bytes() for path in second.files] == [path.read_bytes() for path in first.files]
+
+
 def test_a_damaged_shard_is_found_and_made_again_the_others_stay() -> None:
     made = build(shards()).targets["q8_0"]
     before = [path.read_bytes() for path in made.files]
