@@ -25,7 +25,7 @@ CHUNKS = {
 }
 GPU_THREADS = 4  # chunks on their way at once: one goes up, one is computed, one comes down
 PARENT_RAM = 57 << 20  # the build's own process beside its worker: Hydra, SQLite, the plan (measured: 49 to 53)
-WORKER_RAM = 156 << 20  # a worker with numpy, numba and kernels loaded, before any buffer (measured: 147 to 152)
+WORKER_RAM = 168 << 20  # a worker with numpy, numba and kernels loaded, before any buffer (measured: 165 to 168)
 WORKER_RAM_CUDA = 900 << 20  # and one with torch and a CUDA context
 CHUNKS_PER_PASS = 32  # a small model gets small chunks: buffers are then all used, and the pipeline is never empty
 TENSOR_RAM = 4 << 10  # Python objects of one tensor of a pass
