@@ -28,6 +28,7 @@ __all__ = [
 
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|word_embeddings\w*)(\.|$)")
+SMALL = 96 << 20  # of one phase's small tensors that the allocator keeps through the next
 TORCH_RAM = 330 << 20  # a worker with torch and transformers loaded, a model built without weights
 
 
@@ -134,14 +135,12 @@ def propagation_ram(
 ) -> int:
     """Predicted peak bytes of the worker that quantizes layers with error propagation: a pass with two models' states
     and a second matrix for each Gram matrix, and between two layers the solving of one."""
-    apart = [
-        max(
-            shapes.comparison_footprint(config, tensors, model.prefix, layer.index, step),
-            _solving(layer) + shapes.gram_bytes(layer.linears) + layer.weights,
-        )
-        for layer in model.layers
-    ]
-    return shapes.BASE + shapes.held_states(config, step, 2) + max(apart)
+    found = []
+    for layer in model.layers:
+        comparing = shapes.comparison_footprint(config, tensors, model.prefix, layer.index, step)
+        solving = _solving(layer) + shapes.gram_bytes(layer.linears) + layer.weights
+        found.append(max(comparing, solving) + min(comparing, solving, SMALL))
+    return shapes.BASE + shapes.held_states(config, step, 2) + max(found)
 
 
 @dataclass(frozen=True)
