@@ -26,7 +26,6 @@ __all__ = [
     "solve_ram",
 ]
 
-WIDTHS = ("hidden_size", "n_embd", "d_model")
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|word_embeddings\w*)(\.|$)")
 SMALL = 96 << 20  # of one phase's small tensors that the allocator keeps through the next
 TORCH_RAM = 330 << 20  # a worker with torch and transformers loaded, a model built without weights
@@ -95,13 +94,11 @@ class ModelShape:
 
 def model_shape(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> ModelShape:
     """The decoder layers of a checkpoint, by the names of its tensors. Raises InputError where there are none."""
-    text = families.text_config(config)
     prefix = families.layer_prefix(config, tensors)
     layers = tuple(_layer(i, prefix, tensors) for i in range(families.layer_count(config)))
     outside = [name for name in tensors if not name.startswith(prefix)]
     before = tuple(sorted(name for name in outside if EMBEDDING.search(name)))
-    hidden = next((text[key] for key in WIDTHS if key in text), 0)
-    return ModelShape(prefix, layers, before, int(hidden), sum(map(prod, tensors.values())))
+    return ModelShape(prefix, layers, before, families.hidden_size(config), sum(map(prod, tensors.values())))
 
 
 def _layer(index: int, prefix: str, tensors: Mapping[str, tuple[int, ...]]) -> LayerShape:

@@ -8,9 +8,10 @@ from typing import Any
 
 from qbuild.errors import InputError
 
-__all__ = ["layer_count", "layer_names", "layer_prefix", "text_config"]
+__all__ = ["hidden_size", "layer_count", "layer_names", "layer_prefix", "text_config"]
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # the names that configs give to the number of decoder layers
+WIDTHS = ("hidden_size", "n_embd", "d_model")  # and to the width of the hidden states
 INDEXED = re.compile(r"^((?:[^.]+\.)*?)(\d+)\.")
 # Lists of layers that are as long as the decoder's in some models and are not the decoder.
 OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|image|encoder|mtp)", re.IGNORECASE)
@@ -30,6 +31,16 @@ def layer_count(config: Mapping[str, Any]) -> int:
             return int(text[key])
     fact = f"config.json does not say how many decoder layers there are; looked for {', '.join(COUNTS)}"
     raise InputError(_model(config), fact, "calibration needs a plain list of decoder layers")
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """The width of the hidden states. Raises InputError where the config does not say."""
+    text = text_config(config)
+    for key in WIDTHS:
+        if isinstance(text.get(key), int) and text[key] > 0:
+            return int(text[key])
+    fact = f"config.json does not say how wide hidden states are; looked for {', '.join(WIDTHS)}"
+    raise InputError(_model(config), fact, "calibration needs it to plan its memory")
 
 
 def layer_prefix(config: Mapping[str, Any], names: Iterable[str]) -> str:

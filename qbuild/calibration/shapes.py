@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from qbuild.calibration.families import layer_names, text_config
+from qbuild.calibration.families import hidden_size, layer_names, text_config
 
 __all__ = [
     "BASE",
@@ -99,7 +99,7 @@ class Step:
 
 def state_bytes(config: Mapping[str, Any], step: Step) -> int:
     """The hidden states of all windows: in RAM, or on disk twice for a moment."""
-    return step.windows * step.length * int(text_config(config)["hidden_size"]) * ITEM[step.dtype]
+    return step.windows * step.length * hidden_size(config) * ITEM[step.dtype]
 
 
 def held_states(config: Mapping[str, Any], step: Step, models: int = 1) -> int:
@@ -153,7 +153,7 @@ def device_footprint(
     itself takes some hundred MiB of the device more (``vram.CONTEXT``).
     """
     parts = _parts(config, tensors, prefix, layer, step)
-    item, hidden = ITEM[step.dtype], int(text_config(config)["hidden_size"])
+    item, hidden = ITEM[step.dtype], hidden_size(config)
     tokens = min(TOGETHER_CUDA, step.windows) * step.length
     widths = _read_widths(config, linears(prefix, layer, tensors))
     noted = (item if item == 4 else item + 4) + (4 if step.gram else 0)  # as they were read, widened, side by side
@@ -190,7 +190,7 @@ def _parts(
     item = ITEM[step.dtype]
     shapes = [tensors[name] for name in layer_names(prefix, layer, tensors)]
     found = linears(prefix, layer, tensors)
-    hidden = int(text_config(config)["hidden_size"])
+    hidden = hidden_size(config)
     widest = max((linear.inputs for linear in found), default=hidden)
     alive = item * step.length * (ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_WIDE * widest)
     if item != 4:

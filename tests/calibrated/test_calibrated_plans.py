@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 from conftest import Run
 
+from qbuild.calibration.extent import forward_ram, model_shape
+from qbuild.calibration.shapes import BASE, Step
+from qbuild.errors import InputError
+
 GIB = 1 << 30
 
 
@@ -69,3 +73,14 @@ def test_a_refusal_names_the_step_that_needs_most_and_its_remedies_work(qbuild: 
     for override in overrides:
         kept = [word for word in words if word.partition("=")[0] != override.partition("=")[0]]
         assert qbuild(*kept, override).code == 0
+
+
+def test_a_model_whose_config_names_its_width_otherwise_is_planned() -> None:
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2}
+    tensors = {"wte.weight": (128, 64)} | {f"h.{n}.mlp.c_fc.weight": (64, 256) for n in range(2)}
+    shape = model_shape(config, tensors)
+    step = Step(windows=4, length=32)
+    assert shape.hidden == 64
+    assert forward_ram(config, tensors, shape, step) > BASE + 4 * 32 * 64 * 4
+    with pytest.raises(InputError, match="does not say how wide"):
+        model_shape({"model_type": "gpt2", "n_layer": 2}, tensors)
