@@ -21,7 +21,7 @@ __all__ = ["Seen", "fold", "gram_loss", "search"]
 
 EXPONENTS = 20  # tried powers of the mean magnitude: 0, 0.05, …
 LEAST = 1e-4
-ROWS = 512  # of a linear, evenly chosen, tell which scale is best
+ROWS = 1024  # of a linear, evenly chosen, tell which scale is best
 
 
 @dataclass(frozen=True)
