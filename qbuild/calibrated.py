@@ -11,8 +11,19 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from qbuild import device, machine, schema
-from qbuild.actions import backend, directory, evaluation, importance, propagate, solve, statistics, tokens, weights
+from qbuild import device, fit, machine, schema
+from qbuild.actions import (
+    backend,
+    directory,
+    evaluation,
+    importance,
+    propagate,
+    sensitivity,
+    solve,
+    statistics,
+    tokens,
+    weights,
+)
 from qbuild.arch.convert import TensorSpec
 from qbuild.backends.environment import Environment, environment
 from qbuild.backends.run import suit
@@ -27,7 +38,7 @@ from qbuild.quant.directory import Directory, plain_dtype
 from qbuild.quant.directory import directory as plan_directory
 from qbuild.quant.shapes import Scheme
 
-__all__ = ["CalibratedTarget", "Calibration", "Evaluation"]
+__all__ = ["CalibratedTarget", "Calibration", "Evaluation", "Limit"]
 
 NEEDS = "both run the model: name a directory of safetensors with its config.json, or a Hub id"
 MATRIX = "imatrix"  # id of the action that makes the importance matrix
@@ -35,9 +46,24 @@ NATIVE_ONLY = ("scaled", "rounding", "order", "propagate")  # settings of a targ
 
 
 @dataclass(frozen=True)
+class Limit:
+    """What a fitted file is to hold, before its types are known: damages of ``tensors`` are 0 here."""
+
+    max_bytes: int
+    tensors: tuple[fit.Tensor, ...]
+
+    def check(self, kv_bytes: int, place: str) -> None:
+        """Raises BudgetRefused where no types are small enough."""
+        fit.check(self.tensors, kv_bytes, self.max_bytes, place)
+
+
+@dataclass(frozen=True)
 class CalibratedTarget:
-    """A directory of packed safetensors, or an importance matrix. ``tensors``: the actions that it is made of;
-    ``environment``: of the library that makes it, where that is not qbuild."""
+    """A directory of packed safetensors, an importance matrix, or a fitted GGUF file whose types are not known yet.
+
+    ``tensors``: the actions that it is made of; ``action`` makes it, or chooses the types; ``environment``: of the
+    library that makes it, where that is not qbuild.
+    """
 
     name: str
     file_name: str
@@ -50,6 +76,7 @@ class CalibratedTarget:
     directory: Directory | None = None
     scheme: Scheme | None = None
     environment: Environment | None = None
+    limit: Limit | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +176,13 @@ class Calibration:
         params = importance.Params(Path(wanted.source).name, names)
         inputs = [("tokens", self.tokens), *((f"layer {i}", s) for i, s in enumerate(self.statistics))]
         return self.graph.add(Action(MATRIX, importance.KIND, params, tuple(inputs)))
+
+    @cached_property
+    def sensitivity(self) -> Output:
+        """What errors of every weight cost. It depends on all weights: gradients come from the model's end."""
+        params = sensitivity.Params(sensitivity.WINDOWS, self.config.calibration.dtype, self.device)
+        inputs = (("tokens", self.tokens), ("config", self.model_config), ("weights", self.every_weight))
+        return self.graph.add(Action("sensitivity", sensitivity.KIND, params, inputs))
 
     # targets ---------------------------------------------------------------------------------------------------------
 
@@ -265,10 +299,19 @@ class Calibration:
             results[name] = self.graph.add(Action(f"evaluation:{name}", evaluation.RESULT, params, inputs)).action
         return Evaluation(text.action, states.action, results)
 
+    def measures(self, spec: TensorSpec) -> bool:
+        """Whether curvature tells what errors of a GGUF tensor cost: one that calibration sees, embedding, head."""
+        ends = spec.name in ("token_embd.weight", "output.weight")
+        return bool(spec.pieces) and spec.transform.kind in ("none", "permute") and (ends or self.sees(spec))
+
     def sees(self, spec: TensorSpec) -> bool:
         """Whether calibration sees the input of a GGUF tensor: a linear of a decoder layer, or rows of one."""
-        linears = {linear.name for layer in self.model.layers for linear in layer.linears}
-        return any(piece.source.removesuffix(".weight") in linears for piece in spec.pieces)
+        return any(piece.source.removesuffix(".weight") in self._linears for piece in spec.pieces)
+
+    @cached_property
+    def _linears(self) -> frozenset[str]:
+        """Checkpoint names without .weight; experts of a stacked tensor by the tensor's."""
+        return frozenset(linear.name.partition("[")[0] for layer in self.model.layers for linear in layer.linears)
 
 
 def _texts(source: str, *, fetch: bool, offline: bool) -> tuple[tuple[str, Input], ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import qbuild
 from qbuild import measured, plan, schema, staged, worker
-from qbuild.actions import directory, file, metadata, stream, warm
+from qbuild.actions import directory, file, stream
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import CalibratedTarget
 from qbuild.digest import Digest, digest_bytes
@@ -20,13 +20,11 @@ from qbuild.errors import ConfigError, StoreError
 from qbuild.gguffile import split_name
 from qbuild.graph import Source
 from qbuild.lower import headed, kernels_of, pass_task, predict_ram, predict_vram
-from qbuild.manifest import action_key
 from qbuild.plan import Judge, Plan
 from qbuild.progress import Sink
 from qbuild.recipe import FileTarget, calibrated
 from qbuild.running import Jobs
 from qbuild.staged import Stage
-from qbuild.vram import CONTEXT
 
 __all__ = ["build"]
 
@@ -49,9 +47,9 @@ def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
         if made.steps:
             stage = Stage(made, jobs)
             stage.run()
-            made = jobs.plan = plan.make(config, fetch=True, spared=staged.KINDS)
+            made = jobs.plan = plan.make(config, fetch=True, spared=stage.kinds)
         run = _Build(made, sink, jobs, stage)
-        run.predicted = predicted
+        run.predicted = max(predicted, made.making, key=lambda needs: needs.ram)
         run.all()
         if made.resolved.evaluation is not None:
             finished = plan.make(config, fetch=True, spared=plan.SALTS.keys() - measured.KINDS)
@@ -125,7 +123,7 @@ class _Build:
             self._metadata()
             todo = self._hash(todo)
         if todo:
-            self._warm(todo)
+            staged.compile_kernels(self.jobs, kernels_of(self.resolved, todo, self.plan.strategy.device))
             self._pass(todo)
 
     def _serve(self, target: plan.TargetPlan) -> None:
@@ -167,20 +165,8 @@ class _Build:
                 row.path.unlink(missing_ok=True)
 
     def _metadata(self) -> None:
-        if self.resolved.checkpoint.kind == "gguf" or self.judge.verdicts["metadata"].outputs:
-            return
-        action = self.resolved.graph.actions["metadata"]
-        digests, _ = self.judge.inputs(action)
-        key = action_key(plan.manifest_parts(action, digests))
-        with self.store.lock(key):
-            result = None if self.resolved.config.rebuild else self.cache.get(key)
-            if result is None:
-                self.sink.message("info", "reading the tokenizer and the model's metadata")
-                task = metadata.Task(self.resolved.checkpoint, self.resolved.config.model.name)
-                done = self.jobs.run(metadata.KIND, "metadata", task, metadata.ram(self.resolved.checkpoint.aux))
-                result = ActionResult(metadata.KIND, (self.store.put_bytes(done.value),), done.seconds, done.peak)
-                self.cache.put(key, result)
-        self.judge.verdicts["metadata"] = plan.Verdict("run", "made", key, result.outputs)
+        if self.resolved.checkpoint.kind != "gguf":
+            self.judge.verdicts["metadata"] = staged.read_metadata(self.plan, self.jobs, self.judge)
 
     def _hash(self, todo: list[FileTarget]) -> list[FileTarget]:
         """Hash what changed while results for it exist; what then turns out to be stored is served, the rest returned.
@@ -204,16 +190,6 @@ class _Build:
                 self.results[target.name] = self._result(target, verdict.outputs, files, counts, 0.0)
                 todo = [t for t in todo if t is not target]
         return todo
-
-    def _warm(self, todo: list[FileTarget]) -> None:
-        """Compile what has not been compiled on this machine, in a process of its own."""
-        task = kernels_of(self.resolved, todo, self.plan.strategy.device)
-        if not warm.is_done(task):
-            types = sorted({*task.types, *(kernel.type for kernel in task.on_gpu)})
-            self.sink.message("info", f"compiling kernels for {', '.join(types)} (once per machine)")
-            held = CONTEXT + warm.VRAM if task.on_gpu else 0
-            self.jobs.run("kernels.warm", "compiling kernels", task, warm.ram(task), held)
-            warm.note(task)
 
     def _pass(self, todo: list[FileTarget]) -> None:
         wanted = [item for target in todo for item in headed(target, self.judge.kvs(target) or [])]
@@ -259,6 +235,8 @@ class _Build:
             names = (split_name("shard", number, len(outputs)) for number in range(len(outputs)))
             listed = self.store.put_bytes(directory.tree(dict(zip(names, outputs, strict=True))))
             outputs, inputs = (listed, *outputs), (*inputs, listed)  # an input: gc keeps the list with the shards
+        if target.fitted:
+            inputs += self.judge.verdicts[target.fitted].outputs
         self.cache.put(verdict.key, ActionResult(file.KIND, outputs, done.seconds, done.peak, inputs=inputs))
         counts = {"hit": sum(part.reused for part in parts), "run": sum(part.computed for part in parts)}
         self.results[target.name] = self._result(target, outputs, self._deliver(target, outputs), counts, done.seconds)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from qbuild.budget import format_size
 from qbuild.errors import ActionFailed, BudgetRefused
-from qbuild.ggml import QTYPES
+from qbuild.gguffile import header_size, layout
 
-__all__ = ["Choice", "choose", "damage", "size", "tensor"]
+__all__ = ["Choice", "Tensor", "check", "choose", "damage", "fitted", "least", "size"]
 
 SCALE = 1e6  # of the largest total damage in the program: HiGHS takes a difference of 1e-6 for none
 
@@ -30,13 +30,48 @@ class Choice:
     types: Mapping[str, tuple[int, float]]
 
 
-def tensor(name: str, rows: int, cols: int, damages: Mapping[str, float]) -> Choice:
-    """The choice of a tensor of ``rows`` rows, experts counted in. Types whose blocks do not fill a row are left out:
-    llama.cpp loads no others. Raises ValueError where none is left."""
-    fitting = [type_ for type_ in damages if cols % QTYPES[type_].block == 0]
-    if not fitting:
-        raise ValueError(f"{name}: no type of {', '.join(damages)} has blocks that fill rows of {cols}")
-    return Choice(name, {type_: (rows * QTYPES[type_].row_bytes(cols), damages[type_]) for type_ in fitting})
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file and the damage of each type that it can get, 0 where there is but one. The blocks of the types
+    fill its rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    damages: Mapping[str, float]
+
+    @property
+    def choice(self) -> Choice:
+        """With its bytes in a file, padding counted."""
+        return Choice(self.name, {t: (_bytes(self, t), hurt) for t, hurt in self.damages.items()})
+
+
+def _bytes(tensor: Tensor, type_: str) -> int:
+    return layout([(tensor.name, tensor.shape, type_)])[1]
+
+
+def _header(tensors: Sequence[Tensor], kv_bytes: int) -> int:
+    return header_size(kv_bytes, [(t.name, t.shape, next(iter(t.damages))) for t in tensors])
+
+
+def least(tensors: Sequence[Tensor], kv_bytes: int) -> int:
+    """Bytes of the smallest file of these tensors whose key-value pairs take ``kv_bytes``."""
+    return _header(tensors, kv_bytes) + sum(min(_bytes(t, type_) for type_ in t.damages) for t in tensors)
+
+
+def fitted(tensors: Sequence[Tensor], kv_bytes: int, max_bytes: int, place: str) -> dict[str, str]:
+    """The types that do the least damage in a file of at most ``max_bytes``. Raises BudgetRefused where even the
+    smallest file is larger."""
+    check(tensors, kv_bytes, max_bytes, place)
+    return choose([t.choice for t in tensors], max_bytes - _header(tensors, kv_bytes))
+
+
+def check(tensors: Sequence[Tensor], kv_bytes: int, max_bytes: int, place: str) -> None:
+    """Raises BudgetRefused where the smallest file is larger than ``max_bytes``."""
+    smallest = least(tensors, kv_bytes)
+    if smallest > max_bytes:
+        fact = f"the smallest file of these types takes {format_size(smallest)}, {format_size(max_bytes)} are allowed"
+        remedy = f"allow {smallest} bytes: {place}.max_size={smallest}, or smaller types: {place}.types"
+        raise BudgetRefused(place, fact, remedy)
 
 
 def size(choices: Sequence[Choice], types: Mapping[str, str]) -> int:

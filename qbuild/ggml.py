@@ -5,9 +5,10 @@ Source: ggml.h (ggml_type ids, block sizes) and llama.h (llama_ftype ids) of lla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["BY_ID", "FILE_TYPES", "QTYPES", "FileType", "QType"]
+__all__ = ["BY_ID", "FILE_TYPES", "QTYPES", "FileType", "QType", "nearest_file_type"]
 
 
 @dataclass(frozen=True)
@@ -125,3 +126,13 @@ FILE_TYPES: dict[str, FileType] = {
         ("Q2_0", 41, "Q2_0"),
     )
 }
+
+
+def nearest_file_type(weights: Mapping[str, int]) -> FileType:
+    """What ``general.file_type`` says of a file of other types than llama-quantize mixes: the file type of the tensor
+    type that most weights have (``weights`` by type). llama.cpp shows it and guesses alike where there is none."""
+    for type_ in sorted(weights, key=lambda name: (-weights[name], name)):
+        for name in (f"{type_}_M", type_, *FILE_TYPES):
+            if name in FILE_TYPES and FILE_TYPES[name].base == type_:
+                return FILE_TYPES[name]
+    return FILE_TYPES["F16"]

@@ -16,7 +16,9 @@ import numpy as np
 from qbuild.errors import ConfigError, InputError
 from qbuild.gguffile import GgufHeader, GGUFType, decode_kv, encode_kv, header, layout, read_header
 
-__all__ = ["Imatrix", "counts", "dump", "load"]
+__all__ = ["Imatrix", "Noted", "counts", "dump", "load", "noted"]
+
+Noted = tuple[str, str | None, int, int]  # file, data set, entries, chunks
 
 MAX_DAT = 1 << 30
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -73,6 +75,11 @@ def load(file: str) -> Imatrix:
         if not np.isfinite(values).all():
             raise InputError(file, f"{name} has values that are NaN or infinite", "make the importance matrix anew")
     return found
+
+
+def noted(matrix: Imatrix, file: str) -> Noted:
+    """What a GGUF file says of its importance matrix, which it calls ``file``."""
+    return file, matrix.dataset, len(matrix.entries), matrix.chunks
 
 
 def dump(

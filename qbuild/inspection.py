@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from qbuild import schema
+from qbuild.actions import damage
 from qbuild.arch import convert, mix
 from qbuild.budget import format_size
 from qbuild.calibrated import CalibratedTarget
@@ -138,6 +139,9 @@ def _condensed(plan: Plan) -> tuple[dict[str, str], list[tuple[str, str]]]:
         edges.append(("source", "metadata"))
     for target in resolved.targets:
         nodes[target.action] = f"{target.file_name}: {verdicts[target.action].state}"
+        if isinstance(target, CalibratedTarget) and target.limit is not None:
+            edges += _chosen(target.action, resolved, verdicts, nodes)
+            continue
         if isinstance(target, CalibratedTarget):
             edges += _calibrated(target, resolved, verdicts, nodes)
             continue
@@ -153,7 +157,22 @@ def _condensed(plan: Plan) -> tuple[dict[str, str], list[tuple[str, str]]]:
                 edges.append((resolved.awaited, node))
         if "metadata" in nodes:
             edges.append(("metadata", root))
+        if target.fitted:
+            nodes[target.fitted] = f"types chosen: {verdicts[target.fitted].state}"
+            edges += [*_chosen(target.fitted, resolved, verdicts, nodes), (target.fitted, root)]
     return nodes, list(dict.fromkeys(edges))
+
+
+def _chosen(
+    action: str, resolved: Resolved, verdicts: Mapping[str, Verdict], nodes: dict[str, str]
+) -> list[tuple[str, str]]:
+    """Below a choice of types: damages, what they are measured with, the tokens."""
+    damages = [below for below in resolved.graph.reads(action) if resolved.graph.actions[below].kind == damage.KIND]
+    nodes["tokens"] = f"calibration tokens: {verdicts['tokens'].state}"
+    nodes["sensitivity"] = f"sensitivity of the weights: {verdicts['sensitivity'].state}"
+    nodes[f"damages {action}"] = f"{len(damages)} damages: {_states(damages, verdicts)}"
+    below = [("source", "sensitivity"), ("tokens", "sensitivity"), ("source", f"damages {action}")]
+    return [*below, ("sensitivity", f"damages {action}"), (f"damages {action}", action)]
 
 
 def _calibrated(

@@ -6,6 +6,7 @@ The plan reads the store's index and small files beside the weights. It loads no
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,12 +19,15 @@ from typing import Any
 from qbuild import device, machine, schema
 from qbuild.actions import (
     backend,
+    choice,
+    damage,
     directory,
     evaluation,
     file,
     importance,
     metadata,
     propagate,
+    sensitivity,
     solve,
     statistics,
     stream,
@@ -44,16 +48,16 @@ from qbuild.graph import Action, Source
 from qbuild.kernels.gpu.table import TYPES as ON_GPU
 from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, Wanted, choose_strategy, kernels_of, outputs, pass_task
 from qbuild.manifest import action_key, walk
-from qbuild.recipe import FileTarget, Resolved, resolve
+from qbuild.recipe import FileTarget, Made, Resolved, resolve
 from qbuild.steps import Step, evaluations, steps
 from qbuild.store import Store
 
-__all__ = ["Judge", "Plan", "TargetPlan", "Verdict", "make", "manifest_parts", "versions"]
+__all__ = ["Judge", "Plan", "TargetPlan", "Verdict", "check_limits", "make", "manifest_parts", "versions"]
 
 MISSING = "not installed"
 
 # Weights a second of one core, and bytes a second of a disk; replaced by this machine's own after its first build.
-TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 3e10, "solve": 2e10, "propagate": 2e10}
+TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 3e10, "solve": 2e10, "propagate": 2e10, "compare": 2e8}
 TYPICAL_RATE |= {"forward cuda": 1e13, "solve cuda": 2e13, "propagate cuda": 1e13}
 TYPICAL_RATE |= {
     f"encode {name}": rate
@@ -69,11 +73,14 @@ TYPICAL_RATE |= {
 TYPICAL_RATE |= {stream.rate_name(name, "cuda"): 5e9 for name in ON_GPU}
 STARTING = {"cpu": 0.0, "cuda": 6.0}  # seconds until a worker with torch and a CUDA context encodes
 
-KINDS = (tensor, file, metadata, tokens, weights, statistics, solve, propagate, importance, directory, backend)
+KINDS = (
+    *(tensor, file, metadata, tokens, weights, statistics, solve, propagate, importance, directory, backend),
+    *(sensitivity, damage, choice),
+)
 SALTS = {module.KIND: module.SALT for module in KINDS}
 SALTS |= dict.fromkeys((evaluation.STATES, evaluation.RESULT), evaluation.SALT)
 VERSIONS: dict[str, tuple[str, ...]] = {
-    module.KIND: module.VERSIONS for module in (metadata, tokens, statistics, solve, propagate)
+    module.KIND: module.VERSIONS for module in (metadata, tokens, statistics, solve, propagate, sensitivity, choice)
 }  # packages whose release can change an action's bytes
 VERSIONS |= dict.fromkeys((evaluation.STATES, evaluation.RESULT), evaluation.VERSIONS)
 
@@ -98,6 +105,7 @@ class TargetPlan:
     weights: int
     types: dict[str, tuple[int, int]]  # type -> (tensors, bytes)
     verdicts: dict[str, int]  # of its tensors
+    at_most: bool = False  # a fitted file whose types are not known yet: ``bytes`` is its limit
 
     @property
     def bits_per_weight(self) -> float:
@@ -293,9 +301,10 @@ class Judge:
         states = Counter(self.verdicts[a].state for a in target.tensors)
         path, verdict = out / target.file_name, self.verdicts[target.action]
         size, exact = target.nbytes, target.exact
-        if verdict.outputs and target.directory is None:
+        if verdict.outputs and target.directory is None and target.limit is None:
             size, exact = verdict.outputs[0].size, True
-        return TargetPlan(target.name, path, verdict, size, exact, target.weights, dict(target.types), dict(states))
+        types, most = dict(target.types), target.limit is not None
+        return TargetPlan(target.name, path, verdict, size, exact, target.weights, types, dict(states), most)
 
     def seconds(self, todo: list[FileTarget], read: int, written: int, strategy: Strategy) -> float:
         """Estimated time of a pass: encoding on its threads, or moving the bytes, whichever is longer."""
@@ -350,6 +359,7 @@ def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) ->
         t.name: judge.target_plan(t, sum(item.layout.size for item in made), exact, out)
         for t, made, (_, exact) in zip(resolved.files, outs, kv_bytes, strict=True)
     }
+    check_limits(resolved, judge)
     calibrated = {t.name: judge.calibrated_plan(t, out) for t in resolved.targets if isinstance(t, CalibratedTarget)}
     targets = tuple((files | calibrated)[t.name] for t in resolved.targets)
     strategy, passing = _gguf_pass(config, judge, todo, budget, gpu)
@@ -400,17 +410,41 @@ def _gguf_pass(
 
 
 def _judged(config: schema.Config, store: Store, fetch: bool, spared: Collection[str]) -> tuple[Resolved, Judge]:
-    """The graph with verdicts. An importance matrix that calibration has made already takes part in the graph."""
+    """The graph with verdicts. What calibration has made already takes part in the graph."""
     resolved = resolve(config, fetch=fetch)
     judge = Judge(resolved, store, config.rebuild, spared)
     judge.all()
-    if resolved.awaited and judge.verdicts[resolved.awaited].state == "hit":
-        found = store.path(judge.verdicts[resolved.awaited].outputs[0])
-        if found is not None:
-            resolved = resolve(config, fetch=fetch, matrix=found, checkpoint=resolved.checkpoint)
-            judge = Judge(resolved, store, config.rebuild, spared)
-            judge.all()
+    made = _made(resolved, judge)
+    if made != Made():
+        resolved = resolve(config, fetch=fetch, made=made, checkpoint=resolved.checkpoint)
+        judge = Judge(resolved, store, config.rebuild, spared)
+        judge.all()
     return resolved, judge
+
+
+def _made(resolved: Resolved, judge: Judge) -> Made:
+    """What is stored of what the graph waits for."""
+
+    def stored(action: str) -> Digest | None:
+        return judge.verdicts[action].outputs[0] if judge.verdicts[action].state == "hit" else None
+
+    matrix = stored(resolved.awaited) if resolved.awaited else None
+    path = judge.store.path(matrix) if matrix else None
+    if resolved.awaited and path is None:
+        return Made()
+    fitted = [t for t in resolved.targets if isinstance(t, CalibratedTarget) and t.limit is not None]
+    chosen = {t.name: judge.store.read_bytes(digest) for t in fitted if (digest := stored(t.action)) is not None}
+    return Made(path, {name: json.loads(data) for name, data in chosen.items() if data is not None})
+
+
+def check_limits(resolved: Resolved, judge: Judge) -> None:
+    """Refuse fitted files that no types make small enough. Until its metadata is known, a file has none here."""
+    for target in resolved.targets:
+        if isinstance(target, CalibratedTarget) and target.limit is not None:
+            made = judge.verdicts["metadata"].outputs
+            blob = judge.store.read_bytes(made[0]) if made else None
+            kvs = [] if blob is None else quantized_kvs(metadata.unpack(blob), 0)
+            target.limit.check(sum(len(kv.raw) for kv in kvs), f"targets.{target.name}")
 
 
 def resolve_budget(config: schema.Config, store: Path, out: Path, gpu: machine.Gpu | None) -> Budget:

@@ -5,26 +5,27 @@ A function of the configuration, the headers of the checkpoint and nothing else:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from qbuild import kernels, schema
-from qbuild.actions import file, metadata, tensor
+from qbuild import candidates, fit, kernels, schema
+from qbuild.actions import choice, damage, file, metadata, tensor
 from qbuild.arch import convert, mix
 from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.arch.shapes import expected_tensors
 from qbuild.budget import parse_size
-from qbuild.calibrated import CalibratedTarget, Calibration, Evaluation
+from qbuild.calibrated import CalibratedTarget, Calibration, Evaluation, Limit
 from qbuild.checkpoint import Checkpoint, shapes
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, InputError
-from qbuild.ggml import FILE_TYPES, QTYPES
+from qbuild.ggml import FILE_TYPES, QTYPES, nearest_file_type
 from qbuild.gguffile import Named, layout, shards, split_name
 from qbuild.graph import Action, Graph, Input, Output, Source
-from qbuild.imatrix import Imatrix, counts
+from qbuild.imatrix import Imatrix, Noted, counts, noted
 from qbuild.imatrix import load as load_imatrix
 from qbuild.source import open_source
 
@@ -33,8 +34,9 @@ MAX_SHARDS = 200  # of a target: each takes three open files
 FIXED = ("general.architecture", "general.alignment")
 COUNTS = ("block_count", "attention.head_count", "attention.head_count_kv", "expert_count")  # decide types, too
 Choices = Sequence[tuple[TensorSpec, str]]
+Gguf = schema.GgufTarget | schema.FitTarget
 
-__all__ = ["AUTO", "FileTarget", "Resolved", "calibrated", "calibrates", "model_name", "open_model", "resolve"]
+__all__ = ["AUTO", "FileTarget", "Made", "Resolved", "calibrated", "calibrates", "model_name", "open_model", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class FileTarget:
     action: str
     shards: tuple[int, ...] = ()
     awaits: bool = False  # an importance matrix that calibration will make
+    fitted: str | None = None  # the action that chose its types
 
     @property
     def file_name(self) -> str:
@@ -61,7 +64,8 @@ class FileTarget:
 class Resolved:
     """A configuration as a graph. ``name`` is the model's name in file names.
 
-    ``awaited``: the action that makes the importance matrix which some target waits for.
+    ``awaited``: the action that makes the importance matrix which some target waits for. ``matrix_files``: importance
+    matrices that were given, by digest.
     """
 
     config: schema.Config
@@ -75,6 +79,7 @@ class Resolved:
     calibration: Calibration | None = None
     awaited: str | None = None
     evaluation: Evaluation | None = None
+    matrix_files: Mapping[Digest, str] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[FileTarget, ...]:
@@ -115,18 +120,26 @@ def model_name(model: schema.Model, checkpoint: Checkpoint) -> str:
     return stem
 
 
+@dataclass(frozen=True)
+class Made:
+    """What calibration made, and a graph can be told only then: the importance matrix of targets that ask for one, and
+    the types of fitted files, by target and tensor."""
+
+    matrix: Path | None = None
+    types: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
 def resolve(
-    config: schema.Config, *, fetch: bool, matrix: Path | None = None, checkpoint: Checkpoint | None = None
+    config: schema.Config, *, fetch: bool, made: Made | None = None, checkpoint: Checkpoint | None = None
 ) -> Resolved:
     """The graph of a configuration. ``fetch``: the weights must be here (a build); else headers will do (a plan).
 
-    ``matrix``: the importance matrix that calibration made, for targets that ask for it. ``checkpoint``: the model if
-    it is open already.
+    ``made``: what it waited for, if that is made. ``checkpoint``: the model if it is open already.
     """
     if not config.targets:
         raise ConfigError("target", "nothing is asked for", "target=gguf/q4_k_m, or +recipe=NAME")
     checkpoint = checkpoint or open_model(config.model, fetch=fetch, offline=config.offline)
-    builder = _Builder(config, checkpoint, matrix, fetch=fetch)
+    builder = _Builder(config, checkpoint, made or Made(), fetch=fetch)
     targets = tuple(builder.target(name, target) for name, target in config.targets.items())
     _check_names(targets)
     evaluation = builder.evaluation(targets)
@@ -142,6 +155,7 @@ def resolve(
         builder.calibration,
         builder.awaited,
         evaluation,
+        builder.matrix_files,
     )
 
 
@@ -154,17 +168,26 @@ def _check_names(targets: tuple[FileTarget | CalibratedTarget, ...]) -> None:
             raise ConfigError(f"targets.{target.name}", fact, f"targets.{target.name}.suffix=OTHER")
 
 
+@dataclass(frozen=True)
+class _Entries:
+    """An importance matrix as an input of damages, and whether it has an entry for a tensor."""
+
+    matrix: Digest | Output | None
+    holds: candidates.Knows
+
+
 class _Builder:
     """Adds the actions of one model to a graph."""
 
-    def __init__(self, config: schema.Config, checkpoint: Checkpoint, matrix: Path | None, *, fetch: bool) -> None:
-        self.config, self.checkpoint, self.matrix, self.fetch = config, checkpoint, matrix, fetch
+    def __init__(self, config: schema.Config, checkpoint: Checkpoint, made: Made, *, fetch: bool) -> None:
+        self.config, self.checkpoint, self.made, self.fetch = config, checkpoint, made, fetch
         self.facts = convert.model_facts(checkpoint)
         self.specs = convert.tensor_specs(checkpoint, config.model.outtype)
         self.name = model_name(config.model, checkpoint)
         self.graph = Graph()
         self.matrices: dict[str, Imatrix] = {}
         self.slices: dict[Digest, bytes] = {}
+        self.matrix_files: dict[Digest, str] = {}
         self.kvs = self._metadata()
         self.calibration = self._calibration()
         self.awaited: str | None = None
@@ -182,12 +205,14 @@ class _Builder:
             if isinstance(target, schema.GgufTarget) and target.prune_layers:
                 fact = "a file with fewer layers than its source cannot be measured against it"
                 raise ConfigError(f"targets.{name}.prune_layers", fact, "make it in a build without evaluation.source")
-        models = [t for t in targets if isinstance(t, FileTarget) or t.directory is not None]
+        models = [t for t in targets if isinstance(t, FileTarget) or t.directory is not None or t.limit]
         return self.calibration.evaluation({t.name: t.action for t in models})
 
     def target(self, name: str, target: schema.Target) -> FileTarget | CalibratedTarget:
         if isinstance(target, schema.GgufTarget):
             return self.file_target(name, target)
+        if isinstance(target, schema.FitTarget):
+            return self.fit_target(name, target)
         if self.calibration is None:
             raise RuntimeError(f"BUG: {target.format} needs no calibration and is no GGUF file")
         made = self.calibration.target(name, target, self.name)
@@ -226,6 +251,80 @@ class _Builder:
         awaits = isinstance(matrix, Output)
         return FileTarget(name, names, params.tensors, choices, ids, made.action, params.shards, awaits)
 
+    def fit_target(self, name: str, target: schema.FitTarget) -> FileTarget | CalibratedTarget:
+        """A file whose types damage decides: a file like any other as soon as they are known."""
+        if self.calibration is None:
+            raise RuntimeError("BUG: a file is to be fitted, and there is no calibration")
+        place, weighed = f"targets.{name}", self._entries(target)
+        weights = sum(spec.weights for spec in self.specs)
+        most = candidates.limit(target, weights, place)
+        offers = candidates.offers(
+            self.specs, self.facts, target, place, measured=self.calibration.measures, weighed=weighed.holds
+        )
+        damages: list[tuple[str, Input]] = [
+            (f"{spec.name} {type_}", self.graph.add(self.damage(spec, type_, target, place, weighed)))
+            for spec, types in offers
+            for type_ in types
+            if len(types) > 1
+        ]
+        called = f"{self.name}-imatrix.gguf" if target.imatrix == AUTO else target.imatrix
+        params = choice.Params(most, tuple((spec.name, spec.shape, types) for spec, types in offers), called)
+        noted_: list[tuple[str, Input]] = [] if weighed.matrix is None else [("imatrix", weighed.matrix)]
+        chosen = self.graph.add(Action(f"choice:{name}", choice.KIND, params, (("kvs", self.kvs), *noted_, *damages)))
+        known = self.made.types.get(name)
+        if known is not None:
+            return self._fitted(name, target, tuple((spec, known[spec.name]) for spec, _ in offers), chosen.action)
+        self.graph.targets[name] = chosen.action
+        limit = Limit(most, tuple(fit.Tensor(s.name, s.shape, dict.fromkeys(t, 0.0)) for s, t in offers))
+        actions = tuple(item.action for _, item in damages if isinstance(item, Output))
+        file_name = f"{self.name}-{schema.label(target)}.gguf"
+        return CalibratedTarget(name, file_name, actions, chosen.action, most, False, weights, {}, limit=limit)
+
+    def _fitted(
+        self, name: str, target: schema.FitTarget, choices: tuple[tuple[TensorSpec, str], ...], chosen: str
+    ) -> FileTarget:
+        """A file of types that ``chosen`` chose."""
+        place, sizes = f"targets.{name}", Counter[str]()
+        for spec, type_ in choices:
+            sizes[type_] += spec.weights
+        matrix = self._read_imatrix(target.imatrix) if target.imatrix else None
+        tensors = tuple(self.graph.add(self.tensor(spec, type_, target, place, matrix)) for spec, type_ in choices)
+        named = tuple((spec.name, spec.shape, type_) for spec, type_ in choices)
+        params = file.Params(nearest_file_type(sizes).id, named, _noted(matrix))
+        inputs = ((spec.name, output) for (spec, _), output in zip(choices, tensors, strict=True))
+        made = self.graph.add(Action(f"file:{name}", file.KIND, params, (("kvs", self.kvs), *inputs)))
+        self.graph.targets[name] = made.action
+        ids = tuple(output.action for output in tensors)
+        file_names, awaits = (f"{self.name}-{schema.label(target)}.gguf",), isinstance(matrix, Output)
+        return FileTarget(name, file_names, named, choices, ids, made.action, (), awaits, chosen)
+
+    def damage(self, spec: TensorSpec, type_: str, target: schema.FitTarget, place: str, weighed: _Entries) -> Action:
+        """The action that measures what storing a tensor in a type costs."""
+        if self.calibration is None:
+            raise RuntimeError("BUG: damage is to be measured, and there is no calibration")
+        made = self.tensor(spec, type_, target, place, None)
+        inputs: list[tuple[str, Input]] = [*made.inputs, ("curvature", self.calibration.sensitivity)]
+        which = ""
+        if weighed.matrix is not None and type_ in tensor.WEIGHED and weighed.holds(spec):
+            inputs.append(("imatrix", weighed.matrix))
+            which = f"+{AUTO if isinstance(weighed.matrix, Output) else weighed.matrix.hash[:8]}"
+        parts = tuple((piece.source, piece.start, piece.stop) for piece in spec.pieces)
+        params = damage.Params(made.params, parts, spec.shape[0] if len(spec.shape) > 2 else 1)
+        return Action(f"{spec.name}:damage {type_}{which}", damage.KIND, params, tuple(inputs))
+
+    def _entries(self, target: schema.FitTarget) -> _Entries:
+        """The importance matrix of a fitted file, whole: damages are measured with all of it, made already or not."""
+        if target.imatrix is None or self.calibration is None:
+            return _Entries(None, lambda _spec: False)
+        found = self._read_imatrix(target.imatrix)
+        if target.imatrix == AUTO:
+            return _Entries(self.calibration.matrix, self.calibration.sees)
+        if isinstance(found, Output):
+            raise RuntimeError(f"BUG: {target.imatrix} is to be made")
+        digest = digest_bytes(Path(target.imatrix).expanduser().read_bytes())
+        self.matrix_files[digest] = target.imatrix
+        return _Entries(digest, lambda spec: spec.name in found.entries)
+
     def _file_params(
         self, target: schema.GgufTarget, named: Choices, matrix: Imatrix | Output | None, place: str
     ) -> file.Params:
@@ -255,25 +354,27 @@ class _Builder:
 
     def _read_imatrix(self, path: str) -> Imatrix | Output:
         """An importance matrix, read once however many targets use it; or the action that will make it."""
-        if path == AUTO and self.matrix is None:
+        if path == AUTO and self.made.matrix is None:
             if self.calibration is None:
                 raise RuntimeError("BUG: an importance matrix is to be made, and there is no calibration")
             self.awaited = self.calibration.matrix.action
             return self.calibration.matrix
         if path not in self.matrices:
             made = path == AUTO
-            found = load_imatrix(str(self.matrix) if made else path)
+            found = load_imatrix(str(self.made.matrix) if made else path)
             self.matrices[path] = replace(found, file=f"{self.name}-imatrix.gguf") if made else found
         return self.matrices[path]
 
     def _slice(
-        self, spec: TensorSpec, type_: str, target: schema.GgufTarget, place: str, matrix: Imatrix | Output | None
+        self, spec: TensorSpec, type_: str, target: Gguf, place: str, matrix: Imatrix | Output | None
     ) -> Digest | Output | None:
         """The part of an importance matrix that weighs this tensor, by digest; its bytes are kept for the pass."""
         if matrix is None or type_ not in tensor.WEIGHED:
             return None
         if isinstance(matrix, Output):
-            used = counts(spec.name, target.include_weights, target.exclude_weights)
+            used = isinstance(target, schema.FitTarget) or counts(
+                spec.name, target.include_weights, target.exclude_weights
+            )
             return matrix if used and self.calibration and self.calibration.sees(spec) else None
         matrices = spec.shape[0] if len(spec.shape) > 2 else 1
         values = matrix.values(spec.name, matrices, spec.shape[-1], place)
@@ -284,9 +385,7 @@ class _Builder:
         self.slices[digest] = data
         return digest
 
-    def tensor(
-        self, spec: TensorSpec, type_: str, target: schema.GgufTarget, place: str, matrix: Imatrix | Output | None
-    ) -> Action:
+    def tensor(self, spec: TensorSpec, type_: str, target: Gguf, place: str, matrix: Imatrix | Output | None) -> Action:
         """The action that makes one output tensor in one type."""
         cols = spec.shape[-1]
         inputs: list[tuple[str, Input]] = []
@@ -350,10 +449,10 @@ def _shards(target: schema.GgufTarget, tensors: Sequence[Named], place: str) -> 
     return tuple(counts) if len(counts) > 1 else ()
 
 
-def _noted(matrix: Imatrix | Output | None) -> tuple[str, str | None, int, int] | None:
+def _noted(matrix: Imatrix | Output | None) -> Noted | None:
     """What the file says of its importance matrix."""
     if isinstance(matrix, Imatrix):
-        return matrix.file, matrix.dataset, len(matrix.entries), matrix.chunks
+        return noted(matrix, matrix.file)
     return None if matrix is None else ("", None, 0, 0)
 
 

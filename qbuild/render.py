@@ -37,7 +37,8 @@ def plan(document: Document) -> str:
     rows = [["target", "size", "bits", "tensors", "hit", "run", "unknown"]]
     for name, target in targets.items():
         counts = target["verdicts"]
-        size = ("" if target["exact"] else "~") + format_size(target["bytes"])
+        mark = "" if target["exact"] else "≤" if target["at_most"] else "~"
+        size = mark + format_size(target["bytes"])
         tally = [str(counts.get(state, 0)) for state in ("hit", "run", "unknown")]
         rows.append([name, size, f"{target['bits_per_weight']:.2f}", str(sum(counts.values())), *tally])
     head, *body = table(rows)

@@ -32,6 +32,7 @@ __all__ = [
     "CtTarget",
     "DirectoryTarget",
     "EvaluationConf",
+    "FitTarget",
     "GgufTarget",
     "GptqTarget",
     "GraphConf",
@@ -145,6 +146,19 @@ def _tensor_types(value: Any, place: str) -> None:
 
 
 FLOAT32 = 3.4028235677973366e38  # numbers from here on are infinite there
+
+
+def _fitting(value: Any, place: str) -> None:
+    for type_ in value:
+        if type_ not in QTYPES:
+            raise ConfigError(place, f"{type_!r} is not a tensor type", close(str(type_), QTYPES))
+
+
+def _bits(value: Any, place: str) -> None:
+    if value is not None and not 0 < value <= 32:
+        raise ConfigError(place, f"{value!r} is not a number of bits a weight", f"{place}=4.5")
+
+
 SIZE, COUNT = {"check": _size}, {"check": _count}
 TENSOR_TYPE = one_of(*QTYPES, what="a tensor type")
 NATIVE = "native"  # quantized by qbuild itself
@@ -191,6 +205,18 @@ class GgufTarget(Target):
     override_kv: dict[str, Any] = field(default_factory=dict, metadata={"check": _override_kv})
     # A larger file is cut as by llama-gguf-split --split-max-size: bytes of tensors, without the header.
     max_shard_size: str | int | None = field(default=None, metadata={"check": _optional_size})
+
+
+@dataclass(frozen=True)
+class FitTarget(Target):
+    """A GGUF file of at most ``max_size``, or of at most ``max_bpw`` bits a weight, whose tensors get the types that do
+    the least damage. ``types``: those that a tensor can get; none: see ``candidates``."""
+
+    format: str = "fit"
+    max_size: str | int | None = field(default=None, metadata={"check": _optional_size})
+    max_bpw: float | None = field(default=None, metadata={"check": _bits})
+    types: tuple[str, ...] = field(default=(), metadata={"check": _fitting})
+    imatrix: str | None = None  # path of an importance matrix; auto: made by calibration
 
 
 @dataclass(frozen=True)
@@ -320,12 +346,13 @@ class Config:
 # Target formats. A new format is a dataclass above and a row here.
 FORMATS: dict[str, type[Target]] = {
     "gguf": GgufTarget,
+    "fit": FitTarget,
     "imatrix": ImatrixTarget,
     "awq": AwqTarget,
     "gptq": GptqTarget,
     "ct": CtTarget,
 }
-CALIBRATED = (ImatrixTarget, DirectoryTarget)  # and GGUF files with imatrix: auto
+CALIBRATED = (FitTarget, ImatrixTarget, DirectoryTarget)  # and GGUF files with imatrix: auto
 
 
 def label(target: Target) -> str:
@@ -335,6 +362,8 @@ def label(target: Target) -> str:
             return given
         case GgufTarget():
             return target.ftype
+        case FitTarget():
+            return f"FIT-{target.max_bpw:g}bpw" if target.max_bpw else f"FIT-{target.max_size}".replace(" ", "")
         case AwqTarget():
             return f"AWQ-w4-{_grouped(target.group_size)}{_made_by(target.backend)}"
         case GptqTarget():
@@ -380,6 +409,9 @@ def _target(name: str, data: Any) -> Target:
     target = _parse(FORMATS[format_], data, place)
     if isinstance(target, GgufTarget):
         _check_weights(target, place)
+    if isinstance(target, FitTarget) and (target.max_size is None) == (target.max_bpw is None):
+        given = "neither max_size nor max_bpw" if target.max_size is None else "both max_size and max_bpw"
+        raise ConfigError(place, f"has {given}", f"give one of them: {place}.max_size=4.2GiB or {place}.max_bpw=4.5")
     return target
 
 

@@ -9,22 +9,44 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable
 
-from qbuild.actions import backend, directory, hashing, importance, propagate, solve, statistics, tokens
+from qbuild.actions import (
+    backend,
+    choice,
+    damage,
+    directory,
+    hashing,
+    importance,
+    metadata,
+    propagate,
+    sensitivity,
+    solve,
+    statistics,
+    stream,
+    tokens,
+    warm,
+)
 from qbuild.backends import environment
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import CalibratedTarget
 from qbuild.digest import Digest
-from qbuild.errors import ActionFailed
+from qbuild.errors import ActionFailed, StoreError
 from qbuild.graph import Action, Output, Source
-from qbuild.plan import Judge, Plan, Verdict
+from qbuild.manifest import action_key
+from qbuild.plan import Judge, Plan, Verdict, check_limits, manifest_parts
 from qbuild.running import Jobs
 from qbuild.steps import Step, hashed, missing, rate_name
+from qbuild.vram import CONTEXT
 
 MEASURABLE = 1e12  # operations: with fewer, starting up is what one measures
 
-__all__ = ["KINDS", "Stage", "hash_sources"]
+__all__ = ["KINDS", "Stage", "compile_kernels", "hash_sources", "read_metadata"]
 
-KINDS = frozenset((tokens.KIND, statistics.KIND, solve.KIND, importance.KIND, directory.KIND, backend.KIND))
+KINDS = frozenset(
+    (
+        *(tokens.KIND, statistics.KIND, solve.KIND, importance.KIND, directory.KIND, backend.KIND),
+        *(sensitivity.KIND, damage.KIND, choice.KIND),
+    )
+)
 
 
 def hash_sources(made: Plan, jobs: Jobs, judge: Judge, sources: Iterable[Source]) -> int:
@@ -40,6 +62,36 @@ def hash_sources(made: Plan, jobs: Jobs, judge: Judge, sources: Iterable[Source]
             done = jobs.run("source.hash", "hashing", hashing.Task(files, ranges), hashing.RAM)
         judge.learn(judge.learned | done.value)
     return total
+
+
+def read_metadata(made: Plan, jobs: Jobs, judge: Judge) -> Verdict:
+    """The verdict of the metadata action, which is run where no result of it is stored."""
+    known = judge.verdicts["metadata"]
+    if known.outputs:
+        return known
+    action, cache = made.resolved.graph.actions["metadata"], ActionCache(made.store)
+    digests, _ = judge.inputs(action)
+    key = action_key(manifest_parts(action, digests))
+    with made.store.lock(key):
+        result = None if made.resolved.config.rebuild else cache.get(key)
+        if result is None:
+            jobs.sink.message("info", "reading the tokenizer and the model's metadata")
+            checkpoint = made.resolved.checkpoint
+            task = metadata.Task(checkpoint, made.resolved.config.model.name)
+            done = jobs.run(metadata.KIND, "metadata", task, metadata.ram(checkpoint.aux))
+            result = ActionResult(metadata.KIND, (made.store.put_bytes(done.value),), done.seconds, done.peak)
+            cache.put(key, result)
+    return Verdict("run", "made", key, result.outputs)
+
+
+def compile_kernels(jobs: Jobs, task: warm.Task) -> None:
+    """Compile what has not been compiled on this machine, in a process of its own."""
+    if not warm.is_done(task):
+        types = sorted({*task.types, *(kernel.type for kernel in task.on_gpu)})
+        jobs.sink.message("info", f"compiling kernels for {', '.join(types)} (once per machine)")
+        held = CONTEXT + warm.VRAM if task.on_gpu else 0
+        jobs.run("kernels.warm", "compiling kernels", task, warm.ram(task), held)
+        warm.note(task)
 
 
 class Stage:
@@ -61,6 +113,11 @@ class Stage:
         return frozenset(self.made)
 
     @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of actions whose stored results this build may take for its own, with -B too."""
+        return KINDS | {self.resolved.graph.actions[action].kind for action in self.made}
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many actions of each kind ran."""
         return dict(Counter(self.resolved.graph.actions[action].kind for action in self.made))
@@ -74,10 +131,14 @@ class Stage:
             solve.KIND: self._solve,
             propagate.KIND: self._propagate,
             importance.KIND: self._matrix,
+            sensitivity.KIND: self._sensitivity,
+            damage.KIND: self._damages,
+            choice.KIND: self._choices,
             directory.KIND: self._directories,
             backend.KIND: self._backends,
         }
         self._environments()
+        self._limits()
         for step in self.plan.steps:
             if step.kind == "source.hash":
                 sources = hashed(self.resolved, self._missing())
@@ -90,6 +151,16 @@ class Stage:
                     name = rate_name(step.kind, self.calibration.device)
                     self.cache.note_rate(name, step.work / seconds / step.threads)
                 self._settle()
+
+    def _limits(self) -> None:
+        """Refuse a file that cannot be made small enough before its damages are measured, now with its metadata."""
+        if not any(step.kind == choice.KIND for step in self.plan.steps):
+            return
+        made = read_metadata(self.plan, self.jobs, self.judge)
+        if self.judge.verdicts["metadata"].state != "hit":
+            self.made["metadata"] = made
+            self._settle()
+        check_limits(self.resolved, self.judge)
 
     def _environments(self) -> None:
         """Make the environments that a step will need, before anything else is done: it is the part that may fail."""
@@ -210,6 +281,69 @@ class Stage:
         done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
         self._note(todo[0].id, done.value)
         return done.seconds
+
+    def _sensitivity(self, step: Step, todo: list[Action]) -> float:
+        action, checkpoint = todo[0], self.resolved.checkpoint
+        key, tokens_ = self._key(action), self._output(self.calibration.tokens.action)
+        states = self.store.root / "states" / key[:32]
+        task = sensitivity.Task(key, action.params, checkpoint, tokens_, states, step.threads)
+        layers = 2 * len(self.calibration.model.layers)
+        with self.jobs.progress(f"{self.resolved.name}: {step.label}", layers, layers, "layers"):
+            done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
+        self._note(action.id, done.value)
+        return done.seconds
+
+    def _damages(self, step: Step, todo: list[Action]) -> float:
+        by_tensor: dict[str, list[Action]] = {}
+        for action in todo:
+            by_tensor.setdefault(action.id.partition(":")[0], []).append(action)
+        items = tuple(self._measured(name, actions) for name, actions in by_tensor.items())
+        types = tuple(sorted({action.params.made.type for action in todo}))
+        dtypes = {action.params.made.dtype for action in todo} | {action.params.made.stored for action in todo}
+        compile_kernels(self.jobs, warm.Task(types, tuple(sorted(dtypes | {"F32"})), measured=True))
+        curvature = self._output(self.calibration.sensitivity.action)
+        task = damage.Task(self.resolved.checkpoint.files, items, curvature, step.threads)
+        nbytes = sum(piece.nbytes for item in items for piece in item.pieces)
+        with self.jobs.progress(f"{self.resolved.name}: {step.label}", len(items), nbytes):
+            done = self.jobs.run(step.kind, step.label, task, step.ram)
+        for action_id, digest in done.value.items():
+            self._note(action_id, digest)
+        self.read_bytes += nbytes
+        return done.seconds
+
+    def _measured(self, name: str, actions: list[Action]) -> damage.Item:
+        numbers = {str(f.path): n for n, f in enumerate(self.resolved.checkpoint.files)}
+        sources = [item for role, item in actions[0].inputs if isinstance(item, Source)]
+        pieces = tuple(stream.Piece(s.name, numbers[s.file], s.offset, s.nbytes, self.judge.digest(s)) for s in sources)
+        wants = tuple(damage.Want(a.id, self._key(a), a.params, self._matrix_file(a)) for a in actions)
+        return damage.Item(name, pieces, wants)
+
+    def _matrix_file(self, action: Action) -> str | None:
+        """The file of the importance matrix that an action reads: one that was given, or the one that was made."""
+        found = next((item for role, item in action.inputs if role == "imatrix"), None)
+        if isinstance(found, Output):
+            path = self.store.path(self._output(found.action))
+            if path is None:
+                raise StoreError(str(self.store.root), "the importance matrix is gone or damaged", "run again")
+            return str(path)
+        return self.resolved.matrix_files[found] if isinstance(found, Digest) else None
+
+    def _choices(self, step: Step, todo: list[Action]) -> float:
+        seconds = 0.0
+        for action in todo:
+            below = [self.resolved.graph.actions[name] for name in self.resolved.graph.reads(action.id)]
+            damages = tuple(
+                (made.id.partition(":")[0], made.params.made.type, self._output(made.id))
+                for made in below
+                if made.kind == damage.KIND
+            )
+            target, matrix = action.id.partition(":")[2], self._matrix_file(action)
+            kvs = self._output("metadata")
+            task = choice.Task(target, self._key(action), action.params, kvs, damages, matrix)
+            done = self.jobs.run(step.kind, f"{step.label} of '{target}'", task, step.ram)
+            self._note(action.id, done.value)
+            seconds += done.seconds
+        return seconds
 
     def _directories(self, step: Step, todo: list[Action]) -> float:
         seconds, wanted = 0.0, {action.id: action for action in todo}

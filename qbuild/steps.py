@@ -9,14 +9,19 @@ from typing import Protocol
 from qbuild import machine
 from qbuild.actions import (
     backend,
+    choice,
+    damage,
     directory,
     evaluation,
     hashing,
     importance,
+    metadata,
     propagate,
+    sensitivity,
     solve,
     statistics,
     tokens,
+    warm,
     weights,
 )
 from qbuild.backends import footprint as libraries
@@ -27,7 +32,7 @@ from qbuild.calibration.texts import check
 from qbuild.digest import Digest
 from qbuild.evaluation import footprint
 from qbuild.graph import Action, Source
-from qbuild.lower import PARENT_RAM
+from qbuild.lower import PARENT_RAM, WORKER_RAM
 from qbuild.recipe import Resolved
 from qbuild.vram import CONTEXT
 
@@ -37,7 +42,9 @@ BUILTIN_BYTES = 1 << 17  # of the text that comes with qbuild, about
 STARTING = 4.0  # seconds of a worker that loads torch
 LEAST_SAMPLES = 8  # that are worth proposing
 
-RATES = {statistics.KIND: "forward", solve.KIND: "solve", propagate.KIND: "propagate"}
+RATES = {
+    statistics.KIND: "forward", sensitivity.KIND: "forward", solve.KIND: "solve", propagate.KIND: "propagate"
+}  # fmt: skip
 
 __all__ = ["RATES", "Step", "evaluations", "hashed", "missing", "rate_name", "steps"]
 
@@ -125,6 +132,9 @@ def steps(resolved: Resolved, judge: Judged, budget: Budget) -> tuple[Step, ...]
         solve.KIND: planner.solve,
         propagate.KIND: planner.propagate,
         importance.KIND: planner.matrix,
+        sensitivity.KIND: planner.sensitivity,
+        damage.KIND: planner.damages,
+        choice.KIND: planner.choices,
         directory.KIND: planner.directories,
         backend.KIND: planner.backends,
     }
@@ -337,6 +347,64 @@ class _Planner:
         size = sum(4 * width for layer in self.model.layers for width in layer.inputs)
         return Step(importance.KIND, "the importance matrix", len(todo), ram, 1.0, size)
 
+    def sensitivity(self, todo: list[Action]) -> Step:
+        wanted, layers = self.resolved.config.calibration, self.model.layers
+        windows = min(todo[0].params.windows, int(wanted.samples))
+        ways = [replace(self._step(windows, threads, True), gram=False) for threads in _halved(self._threads)]
+        step = next((way for way in ways if self._reverse(way).ram <= self.room), ways[-1])
+        label, needs = "sensitivity of the weights", self._reverse(step)
+        self._check_device(label, needs, {})
+        flops = 3 * 2.0 * self.model.weights * step.windows * step.length
+        return Step(
+            sensitivity.KIND,
+            label,
+            len(todo),
+            needs.ram,
+            STARTING + flops / self.rate(sensitivity.KIND, step.threads),
+            self.model.curvature_bytes(self.shapes),
+            (len(layers) + 1) * shapes.state_bytes(self.resolved.checkpoint.config, step),
+            self._held(needs),
+            2 * self._bytes(self.shapes),
+            step.threads,
+            work=flops,
+            notes=(f"forwards and backwards over {_how(step)}",),
+        )
+
+    def _reverse(self, step: shapes.Step) -> extent.Device:
+        config = self.resolved.checkpoint.config
+        if self.cuda:
+            return extent.device_reverse(config, self.shapes, self.model, step)
+        return extent.Device(self.torch + extent.reverse_ram(config, self.shapes, self.model, step), 0)
+
+    def damages(self, todo: list[Action]) -> Step:
+        specs = {action.id: self.resolved.specs[action.id.partition(":")[0]] for action in todo}
+        chunk = max(max(damage.CHUNK, spec.shape[-1] * spec.transform.unit) for spec in specs.values())
+        buffers = (self.budget.threads + 1) * chunk * damage.WEIGHT_RAM
+        ram = max(WORKER_RAM + 2 * self.model.curvature_bytes(self.shapes) + buffers, warm.RAM)
+        seconds = sum(
+            specs[a.id].weights * (1 / self.judge.rate(f"encode {a.params.made.type}") + 1 / self.judge.rate("compare"))
+            for a in todo
+        )
+        read = self._bytes({piece.source for spec in specs.values() for piece in spec.pieces})
+        label, threads = f"damage of {len(todo)} tensors in a type", self.budget.threads
+        return Step(damage.KIND, label, len(todo), ram, 1.0 + seconds / threads, read=read, threads=threads)
+
+    def choices(self, todo: list[Action]) -> Step:
+        """The files that are then written are in the price: they are planned when their types are known."""
+        made = {a.id for a in todo}
+        targets = [t for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.action in made]
+        size = sum(t.nbytes for t in targets)
+        encode = sum(t.weights for t in targets) / self.judge.rate("encode Q4_K") / self.budget.threads
+        return Step(
+            choice.KIND,
+            "the choice of types",
+            len(todo),
+            max(choice.RAM, metadata.ram(self.resolved.checkpoint.aux)),
+            2.0 * len(todo) + encode + size / self.judge.rate("write"),
+            size,
+            read=self._bytes(self.shapes),
+        )
+
     def directories(self, todo: list[Action]) -> Step:
         made = {a.id for a in todo}
         targets = [t for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.action in made]
@@ -376,7 +444,8 @@ class _Planner:
     def evaluation(self, todo: list[str]) -> Step:
         wanted, checkpoint = self.resolved.config.evaluation, self.resolved.checkpoint
         text = footprint.Text(int(wanted.samples), int(wanted.length), wanted.dtype)
-        files = any(t.name in todo for t in self.resolved.files)
+        fitted = {t.name for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.limit is not None}
+        files = not fitted.union(t.name for t in self.resolved.files).isdisjoint(todo)
 
         def needs(text: footprint.Text) -> extent.Device:
             if self.cuda:

@@ -182,6 +182,9 @@ KINDS: dict[str, Callable[[Job, Emit], Any]] = {
 JOBS = {
     "calibration.tokens": "qbuild.jobs.tokens",
     "calibration.statistics": "qbuild.jobs.statistics",
+    "calibration.sensitivity": "qbuild.jobs.sensitivity",
+    "gguf.damage": "qbuild.jobs.damage",
+    "gguf.choice": "qbuild.jobs.choice",
     "quant.layer": "qbuild.jobs.solve",
     "quant.propagated": "qbuild.jobs.propagate",
     "calibration.imatrix": "qbuild.jobs.importance",

@@ -19,7 +19,7 @@ LAYERS = [
     "fsutil links upkeep index store cache machine vram checkpoint imatrix source",
     "kernels. arch. quant. calibration. evaluation. fit backends.",
     "actions.",
-    "schema device calibrated recipe lower steps plan inspection",
+    "schema device candidates calibrated recipe lower steps plan inspection",
     "jobs.",
     "progress render report. worker running staged measured execute",
     "fastpath cli.",

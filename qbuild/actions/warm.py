@@ -41,6 +41,7 @@ class Task:
     types: tuple[str, ...]
     dtypes: tuple[str, ...]
     on_gpu: tuple[OnGpu, ...] = ()
+    measured: bool = False  # what they make is read again, and compared with the source
 
 
 def ram(task: Task) -> int:
@@ -81,6 +82,8 @@ def _cpu() -> str:
 def run(task: Task) -> None:
     for dtype in task.dtypes:
         kernels.warm(task.types, dtype)
+    if task.measured:
+        kernels.warm_losses(task.types)
     if task.on_gpu:
         encode = import_module("qbuild.kernels.gpu.encode")
         for kernel in task.on_gpu:

@@ -15,7 +15,7 @@ from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.errors import ConfigError
 from qbuild.ggml import FILE_TYPES, QTYPES
 
-__all__ = ["Mix", "choose", "layers", "needs_imatrix", "order", "pruned"]
+__all__ = ["Mix", "choose", "layers", "needs_imatrix", "order", "pruned", "quantizable"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,14 @@ def needs_imatrix(choices: Sequence[tuple[TensorSpec, str]], mix: Mix) -> str | 
     return None
 
 
+def quantizable(spec: TensorSpec, facts: ModelFacts) -> bool:
+    """Whether llama-quantize gives a tensor any other type than it has."""
+    never = (*NEVER, *NEVER_IN.get(facts.arch, ()))
+    if len(spec.shape) < 2 or not spec.name.endswith("weight") or spec.name in NEVER_WHOLE:
+        return False
+    return not any(part in spec.name for part in never)
+
+
 def _pattern(text: str, place: str) -> re.Pattern[str]:
     """llama-quantize lower-cases patterns before it compiles them."""
     try:
@@ -170,11 +178,7 @@ class _Walk:
         return self._fit(spec, manual or (self.base if mix.pure else self._mixed(spec, kind)))
 
     def _allowed(self, spec: TensorSpec) -> bool:
-        name = spec.name
-        never = (*NEVER, *NEVER_IN.get(self.facts.arch, ()))
-        if len(spec.shape) < 2 or not name.endswith("weight") or name in NEVER_WHOLE or any(n in name for n in never):
-            return False
-        return not (self.mix.leave_output and name == "output.weight")
+        return quantizable(spec, self.facts) and not (self.mix.leave_output and spec.name == "output.weight")
 
     def _fit(self, spec: TensorSpec, wanted: str) -> str:
         cols = spec.shape[-1]

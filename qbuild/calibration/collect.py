@@ -160,7 +160,7 @@ class Collector:
 
     def watch(self) -> Watch:
         """For one window."""
-        return Watch(self._names)
+        return Watch(self.names)
 
     def add(self, watches: Sequence[Watch], pool: Executor, beside: Sequence[Watch] = ()) -> None:
         """Add what windows gave, in their order: on a CPU it changes no bit how many come at a time, nor does the
@@ -209,7 +209,7 @@ class Collector:
                 self._sums[name].drift = None
         return found
 
-    def _names(self, weight: torch.Tensor) -> tuple[str, ...]:
+    def names(self, weight: torch.Tensor) -> tuple[str, ...]:
         """The wanted linears that a weight is made of, () for anything else."""
         tensor, sources = self._by_storage.get(weight.untyped_storage().data_ptr(), (None, ()))
         if tensor is None:

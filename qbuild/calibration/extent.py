@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -19,10 +19,12 @@ __all__ = [
     "ModelShape",
     "device_forward",
     "device_propagation",
+    "device_reverse",
     "device_solve",
     "forward_ram",
     "model_shape",
     "propagation_ram",
+    "reverse_ram",
     "solve_ram",
 ]
 
@@ -91,6 +93,12 @@ class ModelShape:
     hidden: int
     weights: int  # in all
 
+    def curvature_bytes(self, tensors: Mapping[str, tuple[int, ...]]) -> int:
+        """Of ``curvature.Curvature`` as stored: a row and a column of every linear, of embedding and head twice."""
+        ends = [shape for name, shape in tensors.items() if not name.startswith(self.prefix) and len(shape) == 2]
+        inside = sum(out + cols for layer in self.layers for out, cols in layer.sizes)
+        return 4 * (inside + 2 * sum(map(sum, ends)))
+
 
 def model_shape(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> ModelShape:
     """The decoder layers of a checkpoint, by the names of its tensors. Raises InputError where there are none."""
@@ -113,6 +121,20 @@ def forward_ram(
     """Predicted peak bytes of the worker that runs the forward pass."""
     layers = range(len(model.layers))
     return max(shapes.forward_footprint(config, tensors, model.prefix, layer, step) for layer in layers)
+
+
+def reverse_ram(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step
+) -> int:
+    """Predicted peak bytes of the worker that runs the pass back through the model."""
+    return shapes.BASE + shapes.state_bytes(config, step) + _reverse(config, tensors, model, step)
+
+
+def _reverse(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step
+) -> int:
+    layers = range(len(model.layers))
+    return max(shapes.reverse_footprint(config, tensors, model.prefix, layer, step) for layer in layers)
 
 
 def solve_ram(layer: LayerShape) -> int:
@@ -156,6 +178,14 @@ def device_forward(
     saving = max(layer.statistics_bytes("gram" if step.gram else "diagonal") for layer in model.layers)
     found = (shapes.device_footprint(config, tensors, model.prefix, layer.index, step) for layer in model.layers)
     return Device(ram + 2 * saving, max(found))
+
+
+def device_reverse(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step
+) -> Device:
+    """Of the worker that runs the pass back through the model, one window after another."""
+    ram = shapes.device_ram(tensors, step) + shapes.state_bytes(config, step)
+    return Device(ram, shapes.CUBLAS + _reverse(config, tensors, model, replace(step, threads=1)))
 
 
 def device_solve(layer: LayerShape, rounding: str) -> Device:

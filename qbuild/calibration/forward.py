@@ -38,9 +38,19 @@ class Layer:
         self.index, self.module, self._device, self._arguments = index, module, device, arguments
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        positional, named = self._arguments(hidden.shape[1])[self.index]
         with torch.no_grad():  # it is a thread's own
-            made = self.module(hidden.to(self._device, non_blocking=True), *positional, **named)
+            return self._run(hidden.to(self._device, non_blocking=True))
+
+    def pull(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient by ``hidden`` of something whose gradient by what the layer makes of it is ``gradient``."""
+        with torch.enable_grad():
+            hidden = hidden.detach().to(self._device).requires_grad_()
+            made = self._run(hidden)
+        return torch.autograd.grad(made, hidden, gradient.to(self._device))[0]
+
+    def _run(self, hidden: torch.Tensor) -> torch.Tensor:
+        positional, named = self._arguments(hidden.shape[1])[self.index]
+        made = self.module(hidden, *positional, **named)
         return made[0] if isinstance(made, tuple) else made
 
 
@@ -82,7 +92,7 @@ class Streamed:
 
     # the model's ends ------------------------------------------------------------------------------------------------
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, *, grad: bool = False) -> torch.Tensor:
         """The hidden states [batch, length, width] that the first layer gets for token ids [batch, length]."""
         got: list[torch.Tensor] = []
 
@@ -90,15 +100,35 @@ class Streamed:
             got.append(hidden)
             raise _ReachedError
 
-        self._run(first, input_ids=ids.to(self.device))
+        self._run(first, grad=grad, input_ids=ids.to(self.device))
         self._arguments(ids.shape[1])  # now that the embedding is in memory
         return got[0]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, *, grad: bool = False) -> torch.Tensor:
         """[batch, length, vocabulary] from what the last layer gave."""
         hidden = hidden.to(self.device)
-        made = self._run(lambda index, given, _: hidden if index == self.count - 1 else given, inputs_embeds=hidden)
-        return made.logits
+
+        def last(index: int, given: torch.Tensor, _: _Beside) -> torch.Tensor:
+            return hidden if index == self.count - 1 else given
+
+        return self._run(last, grad=grad, inputs_embeds=hidden).logits
+
+    def embedding(self) -> tuple[nn.Module, str]:
+        """The module that looks tokens up, and the checkpoint name of its table without ``.weight``."""
+        return self._named(self.model.get_input_embeddings())
+
+    def head(self) -> tuple[nn.Module, str]:
+        """The module that makes logits, and the checkpoint name of its weight without ``.weight``."""
+        return self._named(self.model.get_output_embeddings())
+
+    def _named(self, module: nn.Module) -> tuple[nn.Module, str]:
+        path = next(path for path, found in self.model.named_modules() if found is module)
+        return module, self.weights.names(f"{path}.weight")[0].removesuffix(".weight")
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self.model.get_input_embeddings().num_embeddings)
 
     def release(self) -> None:
         """Give back the memory of what is outside of the layers: embeddings, norm and head. They are read anew."""
@@ -174,12 +204,12 @@ class Streamed:
             raise InputError(self.model.config.model_type, fact, UNFIT)
         return got
 
-    def _run(self, stand_in: _StandIn, **inputs: torch.Tensor) -> Any:
+    def _run(self, stand_in: _StandIn, *, grad: bool = False, **inputs: torch.Tensor) -> Any:
         """The model's forward with ``stand_in(index, hidden, other arguments)`` in place of every decoder layer."""
         for index, layer in enumerate(self._layers):
             layer.forward = self._forward(stand_in, index)
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad):
                 return self.model(**inputs, use_cache=False)
         except _ReachedError:
             return None

@@ -23,6 +23,7 @@ __all__ = [
     "gram_bytes",
     "held_states",
     "linears",
+    "reverse_footprint",
     "shared_inputs",
     "state_bytes",
 ]
@@ -34,6 +35,8 @@ CUBLAS = 192 << 20  # workspaces on the device
 TOGETHER_CUDA = 8  # windows whose inputs are summed together on a device: in the bytes, so it is no setting
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 ACTIVATIONS_HIDDEN, ACTIVATIONS_WIDE = 4, 3  # tensors of a window alive at once, of these widths
+BACK_HIDDEN, BACK_WIDE = 16, 8  # the same where a layer's activations are kept for its gradients
+HEAD_ROWS, HEAD_COPIES = 64, 6  # positions whose logits are in memory at a time; logits, their shares, gradients
 TOGETHER = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up",
     "w1": "w13", "w3": "w13",
@@ -136,6 +139,20 @@ def forward_footprint(
 def device_ram(tensors: Mapping[str, tuple[int, ...]], step: Step) -> int:
     """Peak RAM of a worker that runs a model's layers on a CUDA device, in bytes, without the hidden states."""
     return BASE_DEVICE + 2 * step.stored * max(map(prod, tensors.values()))
+
+
+def reverse_footprint(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], prefix: str, layer: int, step: Step
+) -> int:
+    """What a worker needs that goes back through this layer, or through the head, beside the gradients, in bytes."""
+    parts, item = _parts(config, tensors, prefix, layer, step), ITEM[step.dtype]
+    hidden = int(text_config(config)["hidden_size"])
+    widest = max((linear.inputs for linear in linears(prefix, layer, tensors)), default=hidden)
+    window = item * step.length * (BACK_HIDDEN * hidden + BACK_WIDE * widest)
+    layers = parts.weights + max(min(step.threads, step.windows) * window, parts.reading)
+    largest = max((shape for name, shape in tensors.items() if not name.startswith(prefix)), key=prod, default=(0, 0))
+    head = (item + step.stored) * prod(largest) + HEAD_COPIES * HEAD_ROWS * largest[0] * 4
+    return max(layers, head)
 
 
 def device_footprint(

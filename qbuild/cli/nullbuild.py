@@ -22,7 +22,7 @@ def inputs(config: schema.Config, folders: tuple[Path, ...]) -> list[str] | None
     if source is None or config.rebuild:
         return None
     found = [path for folder in folders for path in fastpath.tree(str(folder))]
-    targets = [t for t in config.targets.values() if isinstance(t, schema.GgufTarget)]
+    targets = [t for t in config.targets.values() if isinstance(t, schema.GgufTarget | schema.FitTarget)]
     read = [t.imatrix for t in targets if t.imatrix and t.imatrix != AUTO]
     if calibrates(config) and config.calibration.source != BUILTIN:
         read.append(config.calibration.source)

@@ -21,7 +21,8 @@ from qbuild.ggml import QTYPES, QType
 
 __all__ = [
     "MODULES", "NEEDS_IMATRIX", "cast_into", "dequantize", "first_nonfinite", "invalid_blocks", "quantize",
-    "quantize_into", "warm",
+    "quantize_into", "row_losses", "warm",
+    "warm_losses",
 ]  # fmt: skip
 
 MODULES = {
@@ -160,6 +161,13 @@ def _bad_scales(blocks: np.ndarray, type: str) -> np.ndarray:  # noqa: A002
     return bad
 
 
+def row_losses(made: np.ndarray, wanted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """float64 [rows]: Σ weights[j] (made[i, j] - wanted[i, j])², whatever rows come together. made, wanted: float32
+    [rows, cols], C-contiguous; weights: float32 [cols]."""
+    losses: np.ndarray = import_module("qbuild.kernels.loss").row_losses(made, wanted, weights)
+    return losses
+
+
 def warm(types: Any, dtype: str = "F32", imatrix: bool = True) -> None:
     """Load the kernels of ``types`` from the disk cache, or compile them. One kernel serves every source dtype."""
     for name in types:
@@ -171,6 +179,13 @@ def warm(types: Any, dtype: str = "F32", imatrix: bool = True) -> None:
         if imatrix and name in MODULES:
             quantize_into(x, out, name, np.ones(cols, np.float32))
         first_nonfinite(x)
+
+
+def warm_losses(types: Any) -> None:
+    """The same for ``dequantize`` of ``types`` and ``row_losses``."""
+    for name in types:
+        values = dequantize(np.zeros((1, QTYPES[name].nbytes), np.uint8), name)
+        row_losses(values, values, np.ones(values.shape[1], np.float32))
 
 
 def _stored(name: str) -> QType:

@@ -26,7 +26,8 @@ def composed(*argv: str) -> Job:
 
 
 def test_every_file_type_is_a_target() -> None:
-    files = {path.stem: yaml.safe_load(path.read_text())["ftype"] for path in (CONF / "target" / "gguf").iterdir()}
+    paths = [path for path in (CONF / "target" / "gguf").iterdir() if path.stem != "fit"]  # types of its own
+    files = {path.stem: yaml.safe_load(path.read_text())["ftype"] for path in paths}
     assert files == {name.lower(): name for name in FILE_TYPES}
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbuild.errors import BudgetRefused
-from qbuild.fit import Choice, choose, damage, size, tensor
+from qbuild.fit import Choice, Tensor, check, choose, damage, fitted, least, size
+from qbuild.gguffile import header_size
 
 NAMES = ("IQ4_XS", "Q3_K", "Q4_K", "Q6_K")
 BITS = {"Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5}
@@ -55,7 +56,7 @@ def model(tensors: int, seed: int = 0) -> list[Choice]:
             "Q5_0": level / 1e3,
             "Q4_0": level / 3e2,
         }
-        made.append(tensor(f"blk.{number}", rows, cols, kept))
+        made.append(Tensor(f"blk.{number}", (rows, cols), kept).choice)
     return made
 
 
@@ -98,21 +99,23 @@ def test_of_equal_types_the_smallest_is_taken() -> None:
 
 
 def test_a_size_that_cannot_be_had_is_refused_with_the_least_one() -> None:
-    choices = [tensor("a", 4, 256, {"Q4_K": 1.0, "Q8_0": 0.1}), tensor("b", 4, 256, {"Q4_K": 1.0})]
-    least = 2 * 4 * 144
+    choices = [Choice("a", {"Q4_K": (576, 1.0), "Q8_0": (1088, 0.1)}), Choice("b", {"Q4_K": (576, 1.0)})]
     with pytest.raises(BudgetRefused, match="allow 1 bytes more"):
-        choose(choices, least - 1)
-    assert choose(choices, least) == {"a": "Q4_K", "b": "Q4_K"}
+        choose(choices, 2 * 576 - 1)
+    assert choose(choices, 2 * 576) == {"a": "Q4_K", "b": "Q4_K"}
 
 
-def test_types_whose_blocks_do_not_fill_a_row_are_no_choice() -> None:
-    assert set(tensor("a", 2, 576, {"Q4_K": 1.0, "Q4_0": 2.0, "Q8_0": 0.1, "F16": 0.0}).types) == {
-        "Q4_0",
-        "Q8_0",
-        "F16",
-    }
-    with pytest.raises(ValueError, match="rows of 576"):
-        tensor("a", 2, 576, {"Q4_K": 1.0})
+def test_a_file_is_as_large_as_its_header_and_its_padded_tensors() -> None:
+    """Three rows of Q6_K are 630 bytes, 640 in the file."""
+    tensors = [Tensor("a", (3, 256), {"Q6_K": 1.0, "Q8_0": 0.1}), Tensor("b", (256,), {"F32": 0.0})]
+    assert tensors[0].choice.types["Q6_K"] == (640, 1.0)
+    kvs = 100
+    header = header_size(kvs, [("a", (3, 256), "Q6_K"), ("b", (256,), "F32")])
+    assert least(tensors, kvs) == header + 640 + 1024
+    assert fitted(tensors, kvs, header + 832 + 1023, "targets.x")["a"] == "Q6_K"
+    assert fitted(tensors, kvs, header + 832 + 1024, "targets.x")["a"] == "Q8_0"
+    with pytest.raises(BudgetRefused, match=f"targets.x.max_size={header + 640 + 1024}"):
+        check(tensors, kvs, header + 640 + 1023, "targets.x")
 
 
 @pytest.mark.parametrize("hurt", [math.nan, math.inf, -1.0])
