@@ -1,4 +1,5 @@
-"""The action cache: action key → result. Only what succeeded is in it, and only what can still be served comes out.
+"""The action cache: action key → result. Only what succeeded is in it. What can no longer be served is still known, so
+that what was made of it is found.
 
 Beside the results lie three kinds of notes that no result depends on: hints (work of this name was done before, so
 hashing its input first may spare it), measured memory peaks, and measured rates.
@@ -37,16 +38,23 @@ class ActionCache:
         self.store = store
 
     def get(self, key: str) -> ActionResult | None:
-        """The result, if every output of it is still in the store, as a blob or as a slice of one."""
+        """The result, if it is still stored."""
+        found = self.find(key)
+        return found if found is not None and self.stored(found) else None
+
+    def stored(self, result: ActionResult) -> bool:
+        """Whether every output is still in the store, as a blob or as a slice of one."""
+        return all(self.store.has(digest) for digest in result.outputs)
+
+    def find(self, key: str) -> ActionResult | None:
+        """The result, whether or not its outputs are still there."""
         query = "SELECT kind, outputs, seconds, peak_rss, versions, meta, inputs FROM results WHERE key = ?"
         with self.store.index.reading() as db:
             row = db.execute(query, (key,)).fetchone()
         if row is None:
             return None
-        outputs = _digests(row[1])
-        if not all(self.store.has(digest) for digest in outputs):
-            return None
-        return ActionResult(row[0], outputs, row[2], row[3], json.loads(row[4]), json.loads(row[5]), _digests(row[6]))
+        versions, meta = json.loads(row[4]), json.loads(row[5])
+        return ActionResult(row[0], _digests(row[1]), row[2], row[3], versions, meta, _digests(row[6]))
 
     def put(self, key: str, result: ActionResult) -> None:
         self.put_many([(key, result)])

@@ -87,12 +87,16 @@ VERSIONS |= dict.fromkeys((evaluation.STATES, evaluation.RESULT), evaluation.VER
 
 @dataclass(frozen=True)
 class Verdict:
-    """``hit``: a result is stored. ``run``: it will be made. ``unknown``: the source must be hashed first."""
+    """``hit``: a result is stored. ``run``: it will be made. ``unknown``: the source must be hashed first.
+
+    ``gone``: digests of outputs that ``gc`` freed. What was made of them is keyed by them, and needs them no more.
+    """
 
     state: str
     why: str
     key: str | None = None
     outputs: tuple[Digest, ...] = ()
+    gone: tuple[Digest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -230,9 +234,10 @@ class Judge:
                 found.append((role, digest))
             else:
                 before = self.verdicts[item.action]
-                if not before.outputs:
+                known = before.outputs or before.gone
+                if not known:
                     return found, f"its input {item.action} will be made" if before.state == "run" else before.why
-                found.append((role, before.outputs[0]))
+                found.append((role, known[0]))
         return found, ""
 
     def _judge(self, action: Action) -> Verdict:
@@ -244,9 +249,11 @@ class Judge:
             return Verdict("hit", "known", key, (digest_bytes(key.encode()),))
         if self.rebuild and action.kind not in self.spared:
             return Verdict("run", "all again (-B)", key)
-        result = self.cache.get(key)
+        result = self.cache.find(key)
         if result is None:
             return Verdict("run", "no result is stored under its key", key)
+        if not self.cache.stored(result):
+            return Verdict("run", "its result is no longer stored", key, gone=result.outputs)
         return Verdict("hit", "stored", key, result.outputs)
 
     def kv_bytes(self, target: FileTarget) -> tuple[int, bool]:

@@ -36,6 +36,7 @@ __all__ = ["Identity", "Location", "OutputRow", "Partial", "Store", "identity"]
 READ_ONLY = 0o444
 SALVAGE = "salvage-"  # partials that were damaged blobs: their good slices still serve
 RACY_NS = 20_000_000  # a change within one clock tick of the kernel (10 ms at most) leaves the time stamps as they are
+MEMORY_NS = 365 * 24 * 3600 * 10**9  # how long a result is known after its outputs are gone
 RACY_COARSE_NS = 2_000_000_000  # where the file system counts whole seconds
 
 _PARTIAL_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -744,7 +745,7 @@ class Store:
             rows = db.execute("SELECT id, partial, blob FROM files").fetchall()
             dead = [i for i, p, b in rows if (path := self._file_path(p, b)) in gone or not path.exists()]
             _delete_files(db, dead)
-            _delete_dead_rows(db)
+            _delete_dead_rows(db, self.clock() - MEMORY_NS)
         for path in [*gone, *temporary]:
             path.unlink(missing_ok=True)
         for path in (self.root / "locks").glob("*.lock"):  # of holders that were killed
@@ -905,11 +906,12 @@ def _delete_source(db: sqlite3.Connection, path: str) -> None:
     db.execute("DELETE FROM sources WHERE path = ?", (path,))
 
 
-def _delete_dead_rows(db: sqlite3.Connection) -> None:
-    """Results whose outputs are gone, records of source files and outputs that are gone."""
+def _delete_dead_rows(db: sqlite3.Connection, before: int) -> None:
+    """Results whose outputs are gone, if they were made ``before`` a time; records of source files and outputs that are
+    gone. What was made of a result that is gone is still found by its digest."""
     present = {text for (text,) in db.execute("SELECT blob FROM files WHERE blob IS NOT NULL")}
     present.update(text for (text,) in db.execute("SELECT DISTINCT digest FROM slices"))
-    results = db.execute("SELECT key, outputs FROM results").fetchall()
+    results = db.execute("SELECT key, outputs FROM results WHERE created < ?", (before,)).fetchall()
     dead = [(key,) for key, outputs in results if not present.issuperset(json.loads(outputs))]
     db.executemany("DELETE FROM results WHERE key = ?", dead)
     for (path,) in db.execute("SELECT path FROM sources").fetchall():

@@ -22,6 +22,6 @@ def run(task: Task, store: Store, _emit: Emit) -> Digest:
     layers = (Statistics.from_bytes(needed(store, digest), grams=False) for digest in task.statistics)
     windows, length = Packed.from_bytes(needed(store, task.tokens)).ids.shape
     made = store.put_bytes(imatrix.dump(entries(task.specs, layers), [task.params.dataset], windows, length))
-    result = ActionResult(KIND, (made,), time.monotonic() - began, inputs=task.statistics)
+    result = ActionResult(KIND, (made,), time.monotonic() - began)
     ActionCache(store).put(task.key, result)
     return made

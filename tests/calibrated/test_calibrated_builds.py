@@ -73,6 +73,17 @@ def test_one_forward_pass_serves_every_format_and_a_second_group_size_none(build
     assert actions(other) == {"quant.layer": 3, "checkpoint.directory": 1}
 
 
+def test_gc_frees_statistics_and_codes_and_what_was_made_of_them_still_counts(build: Build, qbuild: Run) -> None:
+    made = build("target=[awq/w4_g64,imatrix]")
+    qbuild("gc")
+    again = build("target=[awq/w4_g64,imatrix]", "keep_going=true")  # another command line: not the null build
+    assert actions(again) == {}
+    assert [t["digest"] for t in again["targets"].values()] == [t["digest"] for t in made["targets"].values()]
+
+    other = build("target=awq/w4_g32")
+    assert actions(other) == ONCE | {"quant.layer": 3, "checkpoint.directory": 1}
+
+
 def test_a_file_with_imatrix_auto_has_the_tensors_of_one_that_names_the_matrix(build: Build) -> None:
     made = build("target=[imatrix,gguf/q2_k_s]", "targets.q2_k_s.imatrix=auto")
     matrix = made["targets"]["imatrix"]["path"]
