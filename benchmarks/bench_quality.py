@@ -182,7 +182,7 @@ def table(args: argparse.Namespace) -> None:
         if not (folder / "cost.json").is_file():
             continue
         cost = Cost(**json.loads((folder / "cost.json").read_text()))
-        quality = "| | |"
+        quality = " | | "
         if (folder / "result.json").is_file():
             found = json.loads((folder / "result.json").read_text())
             quality = f"{found['perplexity']:.2f} | {found['kl']:.4f} | {found['top1']:.1%}"
