@@ -135,7 +135,9 @@ def _theirs(job: Job, args: argparse.Namespace, folder: Path) -> tuple[list[str]
     (folder / "request.json").write_text(json.dumps(request))
     python = args.work / "env" / job.tool / "bin" / "python"
     variables = {"OMP_NUM_THREADS": str(args.threads), **VARIABLES.get(job.tool, {})}
-    return [str(python), str(HERE / "peers" / "run.py"), f"{folder}/request.json"], {**os.environ, **variables}
+    # -P: the drivers bear the names of the packages that they import
+    command = [str(python), "-P", str(HERE / "peers" / "run.py"), f"{folder}/request.json"]
+    return command, {**os.environ, **variables}
 
 
 def tokens(args: argparse.Namespace, text: Path, samples: int) -> list[list[int]]:
