@@ -104,9 +104,9 @@ class Weights:
     def _read(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint. Raises InputError where a weight is no number: all that follows would be none."""
         tensor = self._stored(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):  # in float32, without a copy
             bad = torch.nonzero(~torch.isfinite(tensor))
-            if len(bad):  # the sum of large numbers alone may be infinite too
+            if len(bad):  # a sum of large numbers may be infinite too
                 fact = f"{len(bad)} of its {tensor.numel()} weights are NaN or infinite, the first at {bad[0].tolist()}"
                 raise InputError(name, fact, "fetch the checkpoint again: its weights are damaged")
         return tensor
