@@ -38,7 +38,7 @@ from qbuild.quant.directory import Directory, plain_dtype
 from qbuild.quant.directory import directory as plan_directory
 from qbuild.quant.shapes import Scheme
 
-__all__ = ["CalibratedTarget", "Calibration", "Evaluation", "Limit"]
+__all__ = ["MATRIX", "CalibratedTarget", "Calibration", "Evaluation", "Limit"]
 
 NEEDS = "both run the model: name a directory of safetensors with its config.json, or a Hub id"
 MATRIX = "imatrix"  # id of the action that makes the importance matrix

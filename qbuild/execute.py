@@ -14,7 +14,7 @@ import qbuild
 from qbuild import measured, plan, schema, staged, worker
 from qbuild.actions import directory, file, stream
 from qbuild.cache import ActionCache, ActionResult
-from qbuild.calibrated import CalibratedTarget
+from qbuild.calibrated import MATRIX, CalibratedTarget
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, StoreError
 from qbuild.gguffile import split_name
@@ -22,7 +22,7 @@ from qbuild.graph import Source
 from qbuild.lower import headed, kernels_of, pass_task, predict_ram, predict_vram
 from qbuild.plan import Judge, Plan
 from qbuild.progress import Sink
-from qbuild.recipe import FileTarget, calibrated
+from qbuild.recipe import AUTO, FileTarget, calibrated
 from qbuild.running import Jobs
 from qbuild.staged import Stage
 
@@ -237,6 +237,8 @@ class _Build:
             outputs, inputs = (listed, *outputs), (*inputs, listed)  # an input: gc keeps the list with the shards
         if target.fitted:
             inputs += self.judge.verdicts[target.fitted].outputs
+        if getattr(self.resolved.config.targets[target.name], "imatrix", None) == AUTO:
+            inputs += self.judge.verdicts[MATRIX].outputs  # its values key the tensors
         self.cache.put(verdict.key, ActionResult(file.KIND, outputs, done.seconds, done.peak, inputs=inputs))
         counts = {"hit": sum(part.reused for part in parts), "run": sum(part.computed for part in parts)}
         self.results[target.name] = self._result(target, outputs, self._deliver(target, outputs), counts, done.seconds)
@@ -272,7 +274,8 @@ class _Build:
         config, calibration = self.resolved.config, self.resolved.calibration
         if calibration is None or not calibrated(config.targets[name]):
             return None
-        found = self.plan.verdicts[calibration.tokens.action].outputs
+        verdict = self.plan.verdicts[calibration.tokens.action]
+        found = verdict.outputs or verdict.gone
         asked = {key: getattr(config.calibration, key) for key in ("source", "samples", "length", "seed", "dtype")}
         return asked | {"digest": str(found[0]) if found else None}
 

@@ -354,11 +354,13 @@ class _Builder:
 
     def _read_imatrix(self, path: str) -> Imatrix | Output:
         """An importance matrix, read once however many targets use it; or the action that will make it."""
-        if path == AUTO and self.made.matrix is None:
+        if path == AUTO:
             if self.calibration is None:
                 raise RuntimeError("BUG: an importance matrix is to be made, and there is no calibration")
-            self.awaited = self.calibration.matrix.action
-            return self.calibration.matrix
+            action = self.calibration.matrix  # in the graph when it is made, too: what it was made of is told
+            if self.made.matrix is None:
+                self.awaited = action.action
+                return action
         if path not in self.matrices:
             made = path == AUTO
             found = load_imatrix(str(self.made.matrix) if made else path)

@@ -84,6 +84,19 @@ def test_gc_frees_statistics_and_codes_and_what_was_made_of_them_still_counts(bu
     assert actions(other) == ONCE | {"quant.layer": 3, "checkpoint.directory": 1}
 
 
+def test_a_file_with_imatrix_auto_alone_tells_what_it_was_calibrated_on(build: Build, qbuild: Run) -> None:
+    words = ["target=gguf/q2_k_s", "targets.q2_k_s.imatrix=auto"]
+    made = build(*words)
+    assert actions(made) == ONCE | {"calibration.imatrix": 1}
+    told = made["targets"]["q2_k_s"]["calibration"]
+    assert told["samples"] == 4
+    assert told["digest"]
+    qbuild("gc")  # the tokens are gone, their digest is not
+    again = build(*words, "keep_going=true")
+    assert actions(again) == {}
+    assert again["targets"]["q2_k_s"]["calibration"] == told
+
+
 def test_a_file_with_imatrix_auto_has_the_tensors_of_one_that_names_the_matrix(build: Build) -> None:
     made = build("target=[imatrix,gguf/q2_k_s]", "targets.q2_k_s.imatrix=auto")
     matrix = made["targets"]["imatrix"]["path"]
