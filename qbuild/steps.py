@@ -408,7 +408,7 @@ class _Planner:
     def directories(self, todo: list[Action]) -> Step:
         made = {a.id for a in todo}
         targets = [t for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.action in made]
-        ram = self.torch + directory.RAM + 3 * max(layer.weights for layer in self.model.layers)
+        ram = self.torch + directory.RAM + 4 * max(layer.weights for layer in self.model.layers)
         size = sum(t.nbytes for t in targets)
         planned = [t.directory for t in targets if t.directory is not None]
         read = sum(self._bytes(i.source for file in one.files for i in file.items if not i.linear) for one in planned)

@@ -60,6 +60,8 @@ def evaluate(task: Task, source: Tensors, source_states: torch.Tensor, model: Te
         for at in range(0, len(window), ROWS):
             rows = slice(at, at + ROWS)
             compared.add(head.logits(one[None, rows])[0], streamed.logits(other[None, rows])[0], window, at)
+    for done in (head, streamed):
+        done.release()  # not when they are collected: hooks of a model are in cycles
     return compared.result()
 
 
