@@ -360,3 +360,8 @@ def test_clipping_is_not_for_queries_and_keys() -> None:
         weight = weights(*codes.codes.shape).bfloat16().float()
         plain = grid.at(*ends(grid.grouped(weight), grid))[0].half()
         assert torch.equal(codes.scales, plain) is whole
+
+
+def test_codes_of_a_symmetric_grid_lie_around_the_zero_that_loaders_take() -> None:
+    for bits, zero in ((2, 2), (3, 4), (4, 8), (8, 128)):
+        assert Grid(bits, 32, True).at(torch.ones(1), -torch.ones(1))[1].tolist() == [zero]
