@@ -17,7 +17,7 @@ from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import MATRIX, CalibratedTarget
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, StoreError
-from qbuild.gguffile import split_name
+from qbuild.gguffile import KV, split_name
 from qbuild.graph import Source
 from qbuild.lower import headed, kernels_of, pass_task, predict_ram, predict_vram
 from qbuild.plan import Judge, Plan
@@ -192,7 +192,7 @@ class _Build:
         return todo
 
     def _pass(self, todo: list[FileTarget]) -> None:
-        wanted = [item for target in todo for item in headed(target, self.judge.kvs(target) or [])]
+        wanted = [item for target in todo for item in headed(target, self._kvs(target))]
         actions = [self.resolved.graph.actions[a] for t in todo for a in t.tensors]
         sources = {i for a in actions for _, i in a.inputs if isinstance(i, Source)}
         known = {s: d for s in sources if (d := self.judge.digest(s)) is not None}
@@ -203,6 +203,12 @@ class _Build:
             done = self.jobs.run("gguf.pass", label, task, predict_ram(task), predict_vram(task))
         files, tally = done.value
         self._finish(files, tally, done)
+
+    def _kvs(self, target: FileTarget) -> list[KV]:
+        found = self.judge.kvs(target)
+        if found is None:  # without them the file would load nowhere, and be served for ever
+            raise StoreError(str(self.store.root), "the model's metadata is damaged", "run again: it is made anew")
+        return found
 
     def _finish(self, files: list[stream.FileResult], tally: stream.Tally, done: worker.Done) -> None:
         self.totals["read_bytes"] += tally.read_bytes

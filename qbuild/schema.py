@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -157,6 +158,13 @@ def _fitting(value: Any, place: str) -> None:
 def _bits(value: Any, place: str) -> None:
     if value is not None and not 0 < value <= 32:
         raise ConfigError(place, f"{value!r} is not a number of bits a weight", f"{place}=4.5")
+
+
+def _words(value: Any, place: str) -> None:
+    try:
+        shlex.split(value or "")
+    except ValueError as error:
+        raise ConfigError(place, f"{value!r} cannot be told apart into words: {error}", "close the quotation") from None
 
 
 SIZE, COUNT = {"check": _size}, {"check": _count}
@@ -315,7 +323,8 @@ class BackendConf:
     """Where the environments of other quantizers lie, and how pip makes them."""
 
     dir: str | None = None  # null: in the user's cache folder
-    pip: str | None = None  # further options of pip install: --no-index --find-links=DIR
+    # Further options of pip install: --no-index --find-links=DIR
+    pip: str | None = field(default=None, metadata={"check": _words})
 
 
 @dataclass(frozen=True)

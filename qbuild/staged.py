@@ -67,7 +67,7 @@ def hash_sources(made: Plan, jobs: Jobs, judge: Judge, sources: Iterable[Source]
 def read_metadata(made: Plan, jobs: Jobs, judge: Judge) -> Verdict:
     """The verdict of the metadata action, which is run where no result of it is stored."""
     known = judge.verdicts["metadata"]
-    if known.outputs:
+    if known.outputs and made.store.check_blob(known.outputs[0]):
         return known
     action, cache = made.resolved.graph.actions["metadata"], ActionCache(made.store)
     digests, _ = judge.inputs(action)

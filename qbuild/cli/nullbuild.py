@@ -28,7 +28,8 @@ def inputs(config: schema.Config, folders: tuple[Path, ...]) -> list[str] | None
         read.append(config.calibration.source)
     if config.evaluation.source not in (None, BUILTIN):
         read.append(config.evaluation.source)
-    return [*found, *map(str, source), *(str(Path(file).expanduser()) for file in read)]
+    texts = [path for name in read for path in fastpath.tree(str(Path(name).expanduser()))]  # a text may be a folder
+    return [*found, *map(str, source), *texts]
 
 
 def _source(source: str) -> list[Path] | None:

@@ -152,6 +152,7 @@ def test_a_mistake_in_a_file_is_an_error_with_a_way_out(project: Path, qbuild: R
         ("+nope=1", "choices"),
         ("=3", ""),
         ("out=${nope}", ""),
+        ('backend.pip="--find-links=\'x"', "quotation"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_an_error_with_a_way_out(qbuild: Run, override: str, hint: str) -> None:

@@ -130,6 +130,17 @@ def test_the_files_of_a_model_folder_and_the_shards_of_a_split_gguf_are_watched(
     assert split == ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
 
 
+def test_the_texts_of_a_folder_are_watched_one_by_one(project: Path) -> None:
+    (project / "texts").mkdir()
+    (project / "texts" / "a.txt").write_text("A text.")
+    texts = schema.CalibrationConf(source="texts")
+    model = schema.Model(source=".")
+    config = schema.Config(model=model, targets={"imatrix": schema.ImatrixTarget()}, calibration=texts)
+    found = nullbuild.inputs(config, ())
+    assert found is not None
+    assert {"texts", "texts/a.txt"}.issubset(found)
+
+
 def test_the_recorded_document_says_that_nothing_ran() -> None:
     needs = {"peak_ram": 7, "predicted_ram": 8, "peak_vram": 5, "predicted_vram": 6}
     target = {"verdicts": {"run": 20, "hit": 9}, "seconds": 3.0, "digest": "d/1"} | needs

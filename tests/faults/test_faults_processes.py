@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +124,15 @@ def test_flipped_byte_in_an_output_is_found_and_mended(space: Any, right: str, l
 def test_damaged_tensor_slice_is_computed_again_not_copied(space: Any, right: str) -> None:
     space.run(target="q4_k_s")
     flip(space.output("Q4_K_S"), space.output("Q4_K_S").stat().st_size // 2)
+    assert digest_of(space.run()) == right
+
+
+def test_metadata_that_is_damaged_in_the_store_is_made_again_not_left_out(space: Any, right: str) -> None:
+    space.run(target="q4_k_s")
+    with contextlib.closing(sqlite3.connect(space.store / "index.sqlite")) as db:
+        query = "SELECT outputs FROM results WHERE kind = 'gguf.metadata'"
+        (digest,) = json.loads(db.execute(query).fetchone()[0])
+    flip(next(path for path in (space.store / "blobs").glob("*/*") if path.name in digest), 20)
     assert digest_of(space.run()) == right
 
 
