@@ -3,6 +3,7 @@
     blobs/ab/<hash>     finished files, read-only; a GGUF here is the output itself (reflink or hard link), and its
                         tensors are found by slice
     partial/<name>      files being written in place, resumed by the next build after a kill
+    states/, backends/  folders of jobs while they run, or until they go on after a kill
     locks/              flock files, gone with their holders
     index.sqlite        where everything is: see qbuild/index.py
 
@@ -17,6 +18,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +38,7 @@ __all__ = ["Identity", "Location", "OutputRow", "Partial", "Store", "identity"]
 READ_ONLY = 0o444
 SALVAGE = "salvage-"  # partials that were damaged blobs: their good slices still serve
 RACY_NS = 20_000_000  # a change within one clock tick of the kernel (10 ms at most) leaves the time stamps as they are
+SCRATCH = ("states", "backends")  # folders of jobs: hidden states between layers, what another library writes
 MEMORY_NS = 365 * 24 * 3600 * 10**9  # how long a result is known after its outputs are gone
 RACY_COARSE_NS = 2_000_000_000  # where the file system counts whole seconds
 
@@ -707,8 +710,16 @@ class Store:
                 why = "an unfinished file" if partial else "no output needs it"
                 frees = found.st_blocks * 512 if found.st_nlink == 1 else 0
                 droppable.append(GcItem(path, found.st_size, frees, used, why))
-        chosen, kept = choose(droppable, kept, limit)
+        chosen, kept = choose([*droppable, *self._scratch()], kept, limit)
         return tuple(chosen), kept, temporary
+
+    def _scratch(self) -> Iterator[GcItem]:
+        """Folders of jobs that were killed: hidden states, runs of other libraries. No row tells of them."""
+        for folder in (path for name in SCRATCH for path in sorted((self.root / name).glob("*"))):
+            with contextlib.suppress(FileNotFoundError):  # a job that ends while gc -n looks
+                inside = [path.lstat() for path in folder.rglob("*")]
+                size, blocks = sum(found.st_size for found in inside), sum(found.st_blocks for found in inside)
+                yield GcItem(folder, size, 512 * blocks, folder.stat().st_mtime_ns, "of a job that did not end")
 
     def _written(self, path: Path) -> bool:
         """Whether a living process holds that partial."""
@@ -747,7 +758,7 @@ class Store:
             _delete_files(db, dead)
             _delete_dead_rows(db, self.clock() - MEMORY_NS)
         for path in [*gone, *temporary]:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         for path in (self.root / "locks").glob("*.lock"):  # of holders that were killed
             lock = FileLock(path)
             if lock.try_acquire():
