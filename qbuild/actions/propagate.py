@@ -13,7 +13,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "quant.propagated"
-SALT = 3
+SALT = 4
 VERSIONS = ("torch", "transformers")
 
 

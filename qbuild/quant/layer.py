@@ -59,8 +59,7 @@ def _solve(
     for name in (name for group in groups for name in group.linears):
         known = seen(name)
         if known is not None and known.drift is not None:
-            with team.together():
-                work[f"{name}.weight"] = toward(work[f"{name}.weight"], known.gram, known.drift, params.damping)
+            work[f"{name}.weight"] = toward(work[f"{name}.weight"], known.gram, known.drift, params.damping)
     scales = _scaled(work, tensors, seen, groups, params.grid, team) if params.scaled else {}
     codes: dict[str, Codes] = {}
     for group in groups:
@@ -122,8 +121,7 @@ def _way(
         gram = gram / scale[:, None] / scale
     grid = params.grid
     if params.rounding == "gptq":
-        with team.together():
-            bent = curvature(gram, columns_of(grid, weight), params.order, params.damping)
+        bent = curvature(gram, columns_of(grid, weight), params.order, params.damping)
         return lambda one, _name: rounded(one, bent, grid, team)
     return lambda one, name: _nearest(one, gram, grid, team, clip=not name.endswith(UNCLIPPED))
 

@@ -1,14 +1,14 @@
 """Threads that share the work on a layer.
 
 Rows of a weight do not depend on each other, so rows, not products, are spread over threads: torch's own wait for each
-other, spinning, in each of thousands of small products.
+other, spinning, in each of thousands of small products. A factorization gets one as well: with more its last bits would
+depend on how many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -48,12 +48,3 @@ class Team:
         if self._pool is None:
             return [work(part) for part in parts]
         return list(self._pool.map(torch.no_grad()(work), parts))  # it is a thread's own
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """All threads on one large product or factorization."""
-        torch.set_num_threads(self._torch)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(1)

@@ -73,6 +73,15 @@ def test_one_forward_pass_serves_every_format_and_a_second_group_size_none(build
     assert actions(other) == {"quant.layer": 3, "checkpoint.directory": 1}
 
 
+@pytest.mark.slow
+def test_threads_and_spilled_states_change_no_byte(build: Build, project: Path) -> None:
+    digests = []
+    for number, words in enumerate((["budget.threads=1"], ["budget.threads=2"], ["calibration.spill=true"])):
+        made = build("target=[awq/w4_g64,gptq/w4_g64,imatrix]", f"store.dir={project}/store{number}", *words)
+        digests.append([target["digest"] for target in made["targets"].values()])
+    assert digests == [digests[0]] * 3
+
+
 def test_gc_frees_statistics_and_codes_and_what_was_made_of_them_still_counts(build: Build, qbuild: Run) -> None:
     made = build("target=[awq/w4_g64,imatrix]")
     qbuild("gc")
