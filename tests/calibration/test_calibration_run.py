@@ -193,11 +193,19 @@ def test_bytes_of_statistics_are_canonical(task: Pass, tensors: Tensors) -> None
         assert safetensors.torch.load(bytes(data)).keys() == names
 
 
-def test_weights_that_give_nan_are_named_with_their_layer(task: Pass, tensors: Tensors) -> None:
+def test_weights_that_are_nan_are_named(task: Pass, tensors: Tensors) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"] * float("nan")
+    with pytest.raises(
+        InputError, match=r"model.layers.1.mlp.up_proj.weight: .* NaN or infinite, the first at \[0, 0\]"
+    ):
+        saved(task, tensors.read)
+
+
+def test_activations_that_overflow_are_named_with_their_layer(task: Pass, tensors: Tensors) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.full_like(tensors["model.layers.1.mlp.up_proj.weight"], 1e38)
     with pytest.raises(InputError, match=r"layer 1: the inputs of model.layers.1.mlp.down_proj are NaN") as caught:
         saved(task, tensors.read)
-    assert "float32" in caught.value.remedy
+    assert "overflow" in caught.value.remedy
 
 
 def test_a_checkpoint_without_decoder_layers_is_refused(tensors: Tensors) -> None:

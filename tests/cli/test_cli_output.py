@@ -17,7 +17,8 @@ STATUS = Status(120, 291, 5 << 30, 12 << 30, 145.4e6, 51.0, 5 << 30, 8 << 30, "d
 def target(name: str, state: str = "run", **changes: Any) -> dict[str, Any]:
     return {
         "name": name, "path": f"/somewhere/outputs/Llama-2-7b/Llama-2-7b-{name.upper()}.gguf", "bytes": 4081004224,
-        "exact": False, "bits_per_weight": 4.845, "weights": 6738415616, "verdict": {"state": state, "why": "stored"},
+        "exact": False, "at_most": False, "bits_per_weight": 4.845, "weights": 6738415616,
+        "verdict": {"state": state, "why": "stored"},
         "types": {"Q4_K": [193, 3 << 30], "Q6_K": [33, 900 << 20], "F32": [65, 1 << 20]},
         "verdicts": {state: 291}, "seconds": 58.0,
     } | changes  # fmt: skip
