@@ -49,11 +49,14 @@ def keep_going(config: schema.Config, runner: Runner) -> Outcome:
     jobs = [Job(config, (name,), volatile=False) for name in config.targets]
     ended = _all([sweep.Build(config, members)], jobs, runner, told=False)
     made = [outcome for _, outcome in ended if "error" not in outcome.document]
-    if not made or len(ended) == 1:
+    if len(ended) == 1:
         return ended[0][1]
-    _note(made)
     wrong = [(build, outcome) for build, outcome in ended if "error" in outcome.document]
     failures = {name: outcome.document["error"] for build, outcome in wrong for name in build.config.targets}
+    if not made:
+        first, texts = wrong[0][1], dict.fromkeys(outcome.text for _, outcome in wrong)
+        return Outcome({**first.document, "failed": failures}, "".join(texts), first.code)
+    _note(made)
     document = sweep.joined([outcome.document for outcome in made]) | {"failed": failures}
     return Outcome(document, render.result(document), next((outcome.code for _, outcome in wrong), 0))
 

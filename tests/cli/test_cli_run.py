@@ -227,6 +227,24 @@ def test_a_target_that_fails_leaves_the_others_of_its_build_where_told_to_go_on(
     assert qbuild(*argv[1:], "format=json").error["fact"] == "was killed"  # and one alone without -k
 
 
+def test_where_all_targets_fail_each_error_is_told(
+    qbuild: Run, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: schema.Config, *_: Any) -> None:
+        name = next(iter(config.targets))
+        raise errors.InputError(f"targets.{name}", f"{name} is bad", "mend it")
+
+    monkeypatch.setattr("qbuild.execute.build", fail)
+    done = qbuild("-k", "model.source=x", "target=[gguf/q8_0,gguf/q4_k_m]", "format=json")
+    assert done.code == 4
+    assert {name: found["fact"] for name, found in done.document["failed"].items()} == {
+        "q8_0": "q8_0 is bad", "q4_k_m": "q4_k_m is bad",
+    }  # fmt: skip
+    said = qbuild("-k", "model.source=x", "target=[gguf/q8_0,gguf/q4_k_m]").err
+    assert "q8_0 is bad" in said
+    assert "q4_k_m is bad" in said
+
+
 def launched(*digests: str) -> Any:
     """What a launcher brought back of as many jobs that wrote one file."""
     config = schema.Config(targets={"q8_0": schema.GgufTarget()})
