@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from qbuild.calibration.collect import Collector
 from qbuild.calibration.curvature import Curvature, Term
 from qbuild.calibration.forward import Layer, Streamed
+from qbuild.calibration.run import give_back_freed_memory, trim
 from qbuild.calibration.shapes import Linear, linears
 from qbuild.calibration.weights import Read
 from qbuild.errors import InputError, StoreError
@@ -113,6 +114,7 @@ def _stacked(parts: Mapping[int, Term], shape: Sequence[int]) -> Term:
 def measure(task: Pass, read: Read, progress: Progress) -> Curvature:
     """Run the pass. Raises InputError for a model that cannot be run or whose gradients cannot be used."""
     torch.set_num_threads(1)  # as in a calibration: windows are split over threads, sums are not
+    give_back_freed_memory()
     model = Streamed(task.config, task.tensors, read, device=task.device, dtype=task.dtype)
     windows = torch.from_numpy(task.tokens.astype(np.int64))
     found = _Found(windows.numel())
@@ -126,6 +128,7 @@ def measure(task: Pass, read: Read, progress: Progress) -> Curvature:
             with model.layer(index) as layer:
                 names_of = Collector(index, model.parameters(index), [w.name for w in wanted], gram=False).names
                 _backwards(layer, _Linears(wanted, names_of), kept, gradients, found, pool)
+            trim()
             progress(2 * model.count - index, f"layer {index}, backwards")
         _embedding(model, windows, gradients, found)
     return found.curvature(task.tensors)

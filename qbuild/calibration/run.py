@@ -22,7 +22,18 @@ from qbuild.calibration.states import States
 from qbuild.calibration.statistics import Statistics
 from qbuild.calibration.weights import Read
 
-__all__ = ["Pass", "Save", "calibrate", "collector_of", "started", "states_of", "through", "watched"]
+__all__ = [
+    "Pass",
+    "Save",
+    "calibrate",
+    "collector_of",
+    "give_back_freed_memory",
+    "started",
+    "states_of",
+    "through",
+    "trim",
+    "watched",
+]
 
 M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
@@ -76,7 +87,7 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
 def started(task: Pass, read: Read) -> Iterator[tuple[Streamed, Executor]]:
     """The model of a pass, and the threads that its windows are spread over."""
     torch.set_num_threads(1)  # how a product is split over threads changes its last bits: windows are split instead
-    _give_back_freed_memory()
+    give_back_freed_memory()
     model = Streamed(task.config, task.tensors, read, device=task.device, dtype=task.dtype)
     with ThreadPoolExecutor(task.threads if task.device == "cpu" else 1) as pool:
         yield model, pool
@@ -130,8 +141,15 @@ def _measured(task: Pass, model: Streamed, index: int, states: States, pool: Exe
     return collector.statistics()
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """glibc raises the size above which memory goes back to the system when freed, up to 32 MiB: weights would stay."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 4 << 20)
+
+
+def trim() -> None:
+    """Give back what lies free between blocks in use: gradients leave MBs with every layer (240 in 30)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
