@@ -7,6 +7,7 @@ from typing import Any
 
 from qbuild.actions import directory, evaluation
 from qbuild.calibrated import CalibratedTarget
+from qbuild.errors import StoreError
 from qbuild.plan import Plan
 from qbuild.recipe import FileTarget
 from qbuild.running import Jobs
@@ -85,5 +86,7 @@ def _target(made: Plan, name: str, action: str) -> evaluation.Target:
 def _read(store: Store, digest: Any) -> dict[str, Any]:
     data = store.read_bytes(digest)
     if data is None:
-        raise RuntimeError(f"BUG: the result {digest} was stored and is gone")
+        raise StoreError(
+            str(store.root), f"the evaluation {digest} is gone or damaged", "run again: it is measured anew"
+        )
     return dict(json.loads(data))

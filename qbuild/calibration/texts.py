@@ -25,7 +25,7 @@ LINES = (".jsonl", ".json")
 SUFFIXES = (".txt", *LINES)
 MAX_BYTES = 1 << 30  # all of it is held in memory
 ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(.+))?")
-KINDS = "calibration.source=FILE.txt, FILE.jsonl, a directory of them, or ORG/NAME/FILE.jsonl on the Hub"
+KINDS = "name FILE.txt, FILE.jsonl, a directory of them, or ORG/NAME/FILE.jsonl on the Hub"
 
 
 def check(source: str, length: int, use: str) -> None:
