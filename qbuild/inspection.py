@@ -93,8 +93,7 @@ def _explained(judge: Judge, plan: Plan, action: Action) -> dict[str, Any]:
     verdict = plan.verdicts[action.id]
     digests, missing = judge.inputs(action)
     lines = explain_lines(manifest_parts(action, digests))
-    known = {role for role, _ in digests}
-    lines += [f"{f'input {role}':<24} not known yet: {missing}" for role, _ in action.inputs if role not in known]
+    lines += [f"{f'input {role}':<24} not known yet: {why}" for role, why in missing.items()]
     outputs = [str(d) for d in verdict.outputs]
     return {"action": action.id, "verdict": verdict.state, "why": verdict.why, "key": verdict.key,
             "outputs": outputs, "manifest": lines}  # fmt: skip

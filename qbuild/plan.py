@@ -44,7 +44,7 @@ from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import BudgetRefused, InputError
 from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
-from qbuild.graph import Action, Source
+from qbuild.graph import Action, Input, Source
 from qbuild.kernels.gpu.table import TYPES as ON_GPU
 from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, Wanted, choose_strategy, kernels_of, outputs, pass_task
 from qbuild.manifest import action_key, walk
@@ -221,29 +221,33 @@ class Judge:
             return self.store.source_digests(identity())
         return None
 
-    def inputs(self, action: Action) -> tuple[list[tuple[str, Digest]], str]:
-        """Known input digests by role, and the first reason why one is missing."""
+    def inputs(self, action: Action) -> tuple[list[tuple[str, Digest]], dict[str, str]]:
+        """Known input digests by role, and why the others are missing."""
         found: list[tuple[str, Digest]] = []
+        missing: dict[str, str] = {}
         for role, item in action.inputs:
-            if isinstance(item, Digest):
-                found.append((role, item))
-            elif isinstance(item, Source):
-                digest = self.digest(item)
-                if digest is None:
-                    return found, f"{item.name} has not been hashed"
-                found.append((role, digest))
+            digest, why = self._input(item)
+            if digest is None:
+                missing[role] = why
             else:
-                before = self.verdicts[item.action]
-                known = before.outputs or before.gone
-                if not known:
-                    return found, f"its input {item.action} will be made" if before.state == "run" else before.why
-                found.append((role, known[0]))
-        return found, ""
+                found.append((role, digest))
+        return found, missing
+
+    def _input(self, item: Input) -> tuple[Digest | None, str]:
+        if isinstance(item, Digest):
+            return item, ""
+        if isinstance(item, Source):
+            return self.digest(item), f"{item.name} has not been hashed"
+        before = self.verdicts[item.action]
+        known = before.outputs or before.gone
+        if known:
+            return known[0], ""
+        return None, f"its input {item.action} will be made" if before.state == "run" else before.why
 
     def _judge(self, action: Action) -> Verdict:
         digests, missing = self.inputs(action)
         if missing:
-            return Verdict("unknown" if self._hinted(action) else "run", missing)
+            return Verdict("unknown" if self._hinted(action) else "run", next(iter(missing.values())))
         key = action_key(manifest_parts(action, digests))
         if action.kind == weights.KIND:
             return Verdict("hit", "known", key, (digest_bytes(key.encode()),))

@@ -93,8 +93,10 @@ class Lines(Messages):
 
     def start(self, title: str, total: int, total_bytes: int, budget_ram: int, unit: str = "tensors") -> None:
         self.shown, self.last = self.clock(), None
-        amount = f", {format_size(total_bytes)} to read" if unit == "tensors" else ""
-        self.stream.write(f"{title}: {total} {unit}{amount}\n")
+        work = f"{total} {unit.removesuffix('s') if total == 1 else unit}"
+        told = [] if work in title else [work]
+        told += [f"{format_size(total_bytes)} to read"] if unit == "tensors" else []
+        self.stream.write(": ".join([title, ", ".join(told)] if told else [title]) + "\n")
         self.stream.flush()
 
     def update(self, status: Status) -> None:

@@ -117,6 +117,14 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_a_line_tells_a_number_once_and_one_file_is_no_files() -> None:
+    stream = io.StringIO()
+    shown = Lines(stream)
+    shown.start("m: quantizing 16 layers", 16, 16, 1 << 30, "layers")
+    shown.start("m → imatrix", 1, 9, 1 << 30, "files")
+    assert stream.getvalue().splitlines() == ["m: quantizing 16 layers", "m → imatrix: 1 file"]
+
+
 def play(shown: Sink) -> None:
     shown.message("info", "before")
     shown.start("tiny → q4_k_m", 291, 12 << 30, 8 << 30)

@@ -71,6 +71,16 @@ def test_q4_k_s_after_q4_k_m_shares_every_equal_tensor(space: Any) -> None:
     assert plan["targets"]["q4_k_s"]["verdict"]["state"] == "hit"
 
 
+def test_explain_gives_each_input_that_is_not_known_a_reason_of_its_own(space: Any) -> None:
+    space.run()
+    (found,) = space.run("explain", "q4_k_s", target="q4_k_s")["actions"]
+    told = {line.split()[1]: line for line in found["manifest"] if line.startswith("input")}
+    missing = {name for name, line in told.items() if "not known yet" in line}
+    assert missing
+    assert "blk.0.attn_norm.weight" in told.keys() - missing
+    assert all(f"its input {name}:" in told[name] for name in missing)
+
+
 def test_rebuild_makes_everything_again_and_the_bytes_are_the_same(space: Any) -> None:
     first = space.run()
     again = space.run("-B")
