@@ -48,3 +48,15 @@ def dequantize(data: np.ndarray, name: str, path: str | None = None) -> np.ndarr
     function = getattr(shared_library(path), f"dequantize_row_{spelled}")
     function(ctypes.c_void_p(data.ctypes.data), ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(out.size))
     return out
+
+
+def assert_same(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Fails with the first of the blocks that differ."""
+    n = QTYPES[name].nbytes
+    a, b = ours.reshape(-1, n), theirs.reshape(-1, n)
+    bad = np.flatnonzero((a != b).any(axis=1))
+    if bad.size:
+        k = int(bad[0])
+        raise AssertionError(
+            f"{name}: {bad.size} of {len(a)} blocks differ, first {k}\nours {a[k].tolist()}\nggml {b[k].tolist()}"
+        )

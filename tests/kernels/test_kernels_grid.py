@@ -15,17 +15,6 @@ TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 COLS = 768
 
 
-def assert_same(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
-    n = QTYPES[name].nbytes
-    a, b = ours.reshape(-1, n), theirs.reshape(-1, n)
-    bad = np.flatnonzero((a != b).any(axis=1))
-    if bad.size:
-        k = int(bad[0])
-        pytest.fail(
-            f"{name}: {bad.size} of {len(a)} blocks differ, first {k}\nours {a[k].tolist()}\nggml {b[k].tolist()}"
-        )
-
-
 def hazards(seed: int) -> Iterator[np.ndarray]:
     """Rows of COLS weights, each kind of trouble by itself; none so large that ggml asserts and ends the process."""
     rng = np.random.default_rng(seed)
@@ -79,7 +68,7 @@ def test_hazards(ggml, name, dtype):
         held = (x.view(np.uint32) >> 16).astype(np.uint16)
         wide = (held.astype(np.uint32) << 16).view(np.float32)
     for imatrix in imatrices(2, name):
-        assert_same(name, kernels.quantize(held, name, imatrix), ggml.quantize(wide, name, imatrix))
+        ggml.assert_same(name, kernels.quantize(held, name, imatrix), ggml.quantize(wide, name, imatrix))
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -91,7 +80,7 @@ def test_last_group_is_not_full(ggml, name, rows):
         imatrix = rng.random(cols).astype(np.float32)
         guarded = np.full((rows + 1, QTYPES[name].row_bytes(cols)), 0xA5, np.uint8)
         kernels.quantize_into(x, guarded[:rows], name, imatrix)
-        assert_same(name, guarded[:rows], ggml.quantize(x, name, imatrix))
+        ggml.assert_same(name, guarded[:rows], ggml.quantize(x, name, imatrix))
         assert (guarded[rows] == 0xA5).all()
 
 
@@ -167,5 +156,5 @@ def test_hundreds_of_thousands_of_weights(ggml, name, seed):
         x = (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
     hard = np.concatenate([row.astype(np.float32) for k in range(6) for row in hazards(100 * seed + k)])
     for imatrix in imatrices(seed, name):
-        assert_same(name, kernels.quantize(x, name, imatrix, threads=2), ggml.quantize(x, name, imatrix))
-        assert_same(name, kernels.quantize(hard, name, imatrix), ggml.quantize(hard, name, imatrix))
+        ggml.assert_same(name, kernels.quantize(x, name, imatrix, threads=2), ggml.quantize(x, name, imatrix))
+        ggml.assert_same(name, kernels.quantize(hard, name, imatrix), ggml.quantize(hard, name, imatrix))

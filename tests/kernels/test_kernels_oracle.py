@@ -18,17 +18,6 @@ TYPES = (
 COLS = 768
 
 
-def assert_same(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
-    n = QTYPES[name].nbytes
-    a, b = ours.reshape(-1, n), theirs.reshape(-1, n)
-    bad = np.flatnonzero((a != b).any(axis=1))
-    if bad.size:
-        k = int(bad[0])
-        pytest.fail(
-            f"{name}: {bad.size} of {len(a)} blocks differ, first {k}\nours {a[k].tolist()}\nggml {b[k].tolist()}"
-        )
-
-
 def hazards(seed: int) -> Iterator[np.ndarray]:
     """Rows of COLS weights, each kind of trouble by itself."""
     rng = np.random.default_rng(seed)
@@ -83,7 +72,7 @@ def test_hazards(ggml, name, dtype):
     held, wide = held_as(x, dtype)
     for imatrix in imatrices(2):
         weights = None if imatrix is None else imatrix.astype(np.float32)
-        assert_same(name, kernels.quantize(held, name, weights), ggml.quantize(wide, name, weights))
+        ggml.assert_same(name, kernels.quantize(held, name, weights), ggml.quantize(wide, name, weights))
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -97,7 +86,7 @@ def test_last_tile_is_not_full(ggml, name, rows):
         guarded = np.full((rows + 1, QTYPES[name].row_bytes(cols)), 0xA5, np.uint8)
         for weights in (None, rng.random(cols).astype(np.float32)):
             kernels.quantize_into(x, guarded[:rows], name, weights)
-            assert_same(name, guarded[:rows], ggml.quantize(x, name, weights))
+            ggml.assert_same(name, guarded[:rows], ggml.quantize(x, name, weights))
             assert (guarded[rows] == 0xA5).all()
 
 
@@ -122,7 +111,7 @@ def test_scale_of_every_exponent(ggml, name):
     share = np.linspace(-1, 1, block, dtype=np.float32)
     share[::16] = 1
     x = largest.view(np.float32)[:, None] * share
-    assert_same(name, kernels.quantize(x, name), ggml.quantize(x, name))
+    ggml.assert_same(name, kernels.quantize(x, name), ggml.quantize(x, name))
 
 
 @pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS"])
@@ -136,7 +125,7 @@ def test_weights_between_two_values(ggml, name):
     for scale in (1, 2.0**-9, -1, 3e-3):
         held = (rows * scale).astype(np.float32)
         for weights in (None, np.ones(256, np.float32)):
-            assert_same(name, kernels.quantize(held, name, weights), ggml.quantize(held, name, weights))
+            ggml.assert_same(name, kernels.quantize(held, name, weights), ggml.quantize(held, name, weights))
 
 
 @pytest.mark.parametrize("name", ["MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "Q8_0"])
@@ -184,8 +173,8 @@ def test_oracle_sees_a_difference(ggml):
     x = np.linspace(-1, 1, COLS, dtype=np.float32)[None]
     data = kernels.quantize(x, "Q4_K")
     data[0, 20] ^= 1
-    with pytest.raises(pytest.fail.Exception, match="1 of 3 blocks differ, first 0"):
-        assert_same("Q4_K", data, ggml.quantize(x, "Q4_K"))
+    with pytest.raises(AssertionError, match="1 of 3 blocks differ, first 0"):
+        ggml.assert_same("Q4_K", data, ggml.quantize(x, "Q4_K"))
 
 
 @pytest.mark.slow
@@ -198,8 +187,8 @@ def test_millions_of_weights(ggml, name, seed):
         x = (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
     hard = np.concatenate([row.astype(np.float32) for k in range(40) for row in hazards(100 * seed + k)])
     for weights in (None, (rng.random(COLS) ** 3 * 10).astype(np.float32)):
-        assert_same(name, kernels.quantize(x, name, weights, threads=2), ggml.quantize(x, name, weights))
-        assert_same(name, kernels.quantize(hard, name, weights), ggml.quantize(hard, name, weights))
+        ggml.assert_same(name, kernels.quantize(x, name, weights, threads=2), ggml.quantize(x, name, weights))
+        ggml.assert_same(name, kernels.quantize(hard, name, weights), ggml.quantize(hard, name, weights))
 
 
 def test_library_reports_a_type_size_we_know(ggml):
