@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from qbuild.digest import Digest
@@ -22,20 +22,22 @@ KEEP_NOTES = 16  # measurements of one name: the newest count
 
 @dataclass(frozen=True)
 class ActionResult:
-    """What an action made. ``inputs``: the stored artifacts it read, which ``gc`` keeps while it keeps the outputs."""
+    """What an action made. ``inputs``: the stored artifacts it read, which ``gc`` keeps while it keeps the outputs.
+    ``about``: stored artifacts that it tells something of; ``gc`` keeps the outputs while it keeps one of them."""
 
     kind: str
     outputs: tuple[Digest, ...]
     seconds: float = 0.0
     peak_rss: int = 0
-    versions: dict[str, str] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[Digest, ...] = ()
+    about: tuple[Digest, ...] = ()
 
 
 class ActionCache:
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    """Results of a store. ``since``: those that were stored before (nanoseconds since the epoch) do not count."""
+
+    def __init__(self, store: Store, since: int = 0) -> None:
+        self.store, self.since = store, since
 
     def get(self, key: str) -> ActionResult | None:
         """The result, if it is still stored."""
@@ -48,13 +50,12 @@ class ActionCache:
 
     def find(self, key: str) -> ActionResult | None:
         """The result, whether or not its outputs are still there."""
-        query = "SELECT kind, outputs, seconds, peak_rss, versions, meta, inputs FROM results WHERE key = ?"
+        query = "SELECT kind, outputs, seconds, peak_rss, inputs, meta FROM results WHERE key = ? AND created >= ?"
         with self.store.index.reading() as db:
-            row = db.execute(query, (key,)).fetchone()
+            row = db.execute(query, (key, self.since)).fetchone()
         if row is None:
             return None
-        versions, meta = json.loads(row[4]), json.loads(row[5])
-        return ActionResult(row[0], _digests(row[1]), row[2], row[3], versions, meta, _digests(row[6]))
+        return ActionResult(row[0], _digests(row[1]), row[2], row[3], _digests(row[4]), _digests(row[5]))
 
     def put(self, key: str, result: ActionResult) -> None:
         self.put_many([(key, result)])
@@ -117,9 +118,9 @@ class ActionCache:
 
 
 def _row(key: str, result: ActionResult, created: int) -> tuple[Any, ...]:
-    outputs, inputs = (json.dumps([str(d) for d in ds]) for ds in (result.outputs, result.inputs))
-    versions, meta = (json.dumps(value, sort_keys=True) for value in (result.versions, result.meta))
-    return key, result.kind, outputs, inputs, result.seconds, result.peak_rss, versions, meta, created
+    lists = (result.outputs, result.inputs, result.about)
+    outputs, inputs, about = (json.dumps([str(digest) for digest in digests]) for digests in lists)
+    return key, result.kind, outputs, inputs, result.seconds, result.peak_rss, "{}", about, created
 
 
 def _digests(text: str) -> tuple[Digest, ...]:

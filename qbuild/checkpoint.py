@@ -22,8 +22,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from qbuild.digest import Digest, Hasher
 from qbuild.errors import InputError
 from qbuild.gguffile import KV, GgufHeader, decode_kv, read_header
+from qbuild.inputs import changed
 
 __all__ = [
     "Checkpoint",
@@ -60,7 +62,8 @@ CONVERT = (
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """``dtype``: a safetensors name, or the ggml type of a GGUF tensor; ``shape`` is row-major, ``offset`` absolute."""
+    """``dtype``: a safetensors name, or the ggml type of a GGUF tensor; ``shape`` is row-major, ``offset`` absolute.
+    ``digest``: of its bytes, where they were hashed."""
 
     name: str
     dtype: str
@@ -68,6 +71,7 @@ class SourceTensor:
     file: int
     offset: int
     nbytes: int
+    digest: Digest | None = None
 
 
 @dataclass(frozen=True)
@@ -422,6 +426,22 @@ class Reader:
             raise InputError(str(path), f"cannot be read: {error.strerror}", "check the file and its disk") from None
         with self._lock:
             self.bytes_read += len(buffer)
+
+    def tensor(self, tensor: SourceTensor) -> bytearray:
+        """The bytes of a tensor. Raises InputError where they are not those that were hashed."""
+        return next(self.chunks(tensor, max(1, tensor.nbytes)), bytearray())
+
+    def chunks(self, tensor: SourceTensor, nbytes: int) -> Iterator[bytearray]:
+        """As ``tensor``, ``nbytes`` at a time; the last chunk is not given before all are known to be right."""
+        hasher = Hasher()
+        for start in range(0, tensor.nbytes, nbytes):
+            buffer = bytearray(min(nbytes, tensor.nbytes - start))
+            self.read_into(tensor.file, tensor.offset + start, memoryview(buffer))
+            if tensor.digest is not None:
+                hasher.update(buffer)
+                if hasher.size == tensor.nbytes and hasher.digest() != tensor.digest:
+                    raise changed(self.files[tensor.file].path, tensor.name)
+            yield buffer
 
     def _fd(self, file: int) -> int:
         with self._lock:

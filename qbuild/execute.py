@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, StoreError
 from qbuild.gguffile import KV, split_name
 from qbuild.graph import Source
+from qbuild.inputs import changed
 from qbuild.lower import headed, kernels_of, pass_task, predict_ram, predict_vram
 from qbuild.plan import Judge, Plan
 from qbuild.progress import Sink
 from qbuild.recipe import AUTO, FileTarget, calibrated
 from qbuild.running import Jobs
 from qbuild.staged import Stage
+from qbuild.steps import missing
 
 __all__ = ["build"]
 
@@ -32,40 +36,62 @@ MEASURABLE = 1 << 24  # weights: with fewer, starting up is what one measures
 MOVABLE = 1 << 30  # bytes: fewer stay in the page cache
 
 
-def build(config: schema.Config, sink: Sink) -> dict[str, Any]:
-    """Make everything the configuration asks for; returns the content of ``build.json``."""
+def build(config: schema.Config, sink: Sink, since: int | None = None) -> dict[str, Any]:
+    """Make everything the configuration asks for; returns the content of ``build.json``.
+
+    ``since``: with -B results count that were stored since then (nanoseconds since the epoch); None: since now.
+    """
     began = time.monotonic()
-    made = _sound_plan(config, sink)
+    planned = partial(plan.make, config, fetch=True, began=time.time_ns() if since is None else since)
+    made = _sound_plan(planned, sink)
     with ExitStack() as stack:
         stack.enter_context(made.store.in_use())
         waited = False
         for name in sorted(set(_lock_names(made))):
             waited |= stack.enter_context(_locked(made, name, sink))
         if waited:  # the other build may have made what we wanted
-            made = _sound_plan(config, sink)
+            made = _sound_plan(planned, sink)
         jobs, stage, predicted = Jobs(made, sink), None, made.making
         if made.steps:
             stage = Stage(made, jobs)
             stage.run()
-            made = jobs.plan = plan.make(config, fetch=True, spared=stage.kinds)
+            made = jobs.plan = planned()
+            _check_unchanged(stage.judge, made, missing(made.resolved, made.verdicts))
         run = _Build(made, sink, jobs, stage)
         run.predicted = max(predicted, made.making, key=lambda needs: needs.ram)
         run.all()
         if made.resolved.evaluation is not None:
-            finished = plan.make(config, fetch=True, spared=plan.SALTS.keys() - measured.KINDS)
+            finished = planned()
+            targets = finished.resolved.graph.targets.values()
+            _check_unchanged(run.judge, finished, [a for a in targets if finished.verdicts[a].state != "hit"])
             run.totals["actions"] |= measured.counts(finished)
             run.evaluation = measured.measure(finished, jobs)
         return run.report(time.monotonic() - began)
 
 
-def _sound_plan(config: schema.Config, sink: Sink) -> Plan:
+def _check_unchanged(judge: Judge, made: Plan, asked: list[str]) -> None:
+    """What was made is kept under the digests that files had for ``judge``. A plan that still asks for some of it knows
+    another digest: raises InputError."""
+    if not asked:
+        return
+    for path, small in judge.small.items():
+        if made.files.get(path, small) != small:
+            raise changed(small.path)
+    now = made.resolved.checkpoint
+    for name, tensor in judge.checkpoint().tensors.items():
+        if name not in now.tensors or now.tensors[name].digest != tensor.digest:
+            raise changed(now.files[tensor.file].path, name)
+    raise RuntimeError(f"BUG: {', '.join(asked)} was made, and is still asked for")
+
+
+def _sound_plan(planned: Callable[[], Plan], sink: Sink) -> Plan:
     """A plan whose stored files are right: one that is damaged is dropped, and planned to be made again."""
-    made = plan.make(config, fetch=True)
+    made = planned()
     hits = [t for t in made.targets if t.verdict.state == "hit"]
     damaged = [t.name for t in hits if not all(map(made.store.check_blob, t.verdict.outputs))]
     if damaged:
         sink.message("warning", f"the stored file of {', '.join(damaged)} is damaged: it is dropped and made again")
-        made = plan.make(config, fetch=True)
+        made = planned()
     return made
 
 
@@ -103,7 +129,7 @@ class _Build:
         self.plan, self.sink, self.jobs, self.stage = made, sink, jobs, stage
         self.store, self.resolved = made.store, made.resolved
         self.cache = ActionCache(made.store)
-        self.judge = Judge(made.resolved, made.store, rebuild=False)
+        self.judge = Judge(made.resolved, made.store, files=made.files)
         self.results: dict[str, dict[str, Any]] = {}
         self.evaluation: dict[str, Any] | None = None
         self.predicted = made.making
@@ -140,7 +166,8 @@ class _Build:
         """Put the files of a target in their places; where there are several, the first output lists them."""
         out = self.plan.out
         if isinstance(made, CalibratedTarget) and made.directory is not None:
-            found = {out / made.file_name / inside: digest for inside, digest in self._listed(made, outputs).items()}
+            listed = directory.listed(self.store, outputs[0], made.name)
+            found = {out / made.file_name / inside: digest for inside, digest in listed.items()}
             self._clear(out / made.file_name, found)
         elif isinstance(made, FileTarget) and made.shards:  # a target of another name may have made them
             found = {out / name: digest for name, digest in zip(made.file_names, outputs[1:], strict=True)}
@@ -149,12 +176,6 @@ class _Build:
         for path, digest in found.items():
             self.store.link_out(digest, path, self.resolved.config.store.link, target=made.name)
         return list(found)
-
-    def _listed(self, made: CalibratedTarget, outputs: tuple[Digest, ...]) -> dict[str, Digest]:
-        blob = self.store.read_bytes(outputs[0])
-        if blob is None:
-            raise StoreError(str(self.store.root), f"the list of files of {made.name} is damaged", "run again")
-        return directory.files(blob)
 
     def _clear(self, folder: Path, found: Collection[Path]) -> None:
         """What an earlier build put into a folder and this one has not goes: a loader would prefer an old
@@ -196,7 +217,7 @@ class _Build:
         actions = [self.resolved.graph.actions[a] for t in todo for a in t.tensors]
         sources = {i for a in actions for _, i in a.inputs if isinstance(i, Source)}
         known = {s: d for s in sources if (d := self.judge.digest(s)) is not None}
-        task = pass_task(self.resolved, wanted, self.plan.strategy, known)
+        task = replace(pass_task(self.resolved, wanted, self.plan.strategy, known), since=self.plan.since)
         label = "gguf pass " + ", ".join(f"'{t.name}'" for t in todo)
         title = f"{self.resolved.name} → {', '.join(t.name for t in todo)}"
         with self.jobs.progress(title, len(task.tensors), sum(t.nbytes for t in task.tensors)):
@@ -221,7 +242,7 @@ class _Build:
         for name, nbytes in (("read", tally.read_bytes), ("write", tally.written_bytes)):
             if nbytes > MOVABLE:
                 self.cache.note_rate(name, nbytes / max(tally.seconds[name], 1e-6))
-        judge = Judge(self.resolved, self.store, rebuild=False)
+        judge = Judge(self.resolved, self.store, files=self.plan.files)
         judge.learn(self.judge.learned | tally.sources)
         judge.all()
         self.judge = judge

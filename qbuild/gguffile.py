@@ -274,6 +274,15 @@ def read_header(path: Path) -> GgufHeader:
         raise InputError(str(path), f"cannot be read: {error.strerror}", "check the path and the disk") from None
 
 
+def parse_header(data: bytes, place: str) -> GgufHeader:
+    """The header of a GGUF file that is in memory whole, validated as ``read_header`` does."""
+    try:
+        return _parse(_Cursor(data, place), len(data))
+    except _Short as short:
+        fact = f"its header is truncated: it goes on to byte {short.end} of {len(data)}"
+        raise InputError(place, fact, "fetch or make it again") from None
+
+
 def _more(file: RawIOBase, place: str, have: int, need: int, size: int) -> bytes:
     """The next bytes of a header, at least to byte ``need``; more than that only as far as doubling goes."""
     if need > size:

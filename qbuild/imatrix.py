@@ -13,25 +13,28 @@ from pathlib import Path
 
 import numpy as np
 
+from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, InputError
-from qbuild.gguffile import GgufHeader, GGUFType, decode_kv, encode_kv, header, layout, read_header
+from qbuild.gguffile import GgufHeader, GGUFType, decode_kv, encode_kv, header, layout, parse_header
 
-__all__ = ["Imatrix", "Noted", "counts", "dump", "load", "noted"]
+__all__ = ["Imatrix", "Noted", "counts", "dump", "load", "noted", "parse"]
 
 Noted = tuple[str, str | None, int, int]  # file, data set, entries, chunks
 
-MAX_DAT = 1 << 30
+MAX_BYTES = 2 << 30  # all of it is held in memory
 SUMS, COUNTS = ".in_sum2", ".counts"
 
 
 @dataclass(frozen=True)
 class Imatrix:
-    """``entries`` are float32, flat: columns, times experts for stacked weights. ``file`` is the path as typed."""
+    """``entries`` are float32, flat: columns, times experts for stacked weights. ``file`` is the path as typed,
+    ``digest`` that of its bytes."""
 
     file: str
     entries: Mapping[str, np.ndarray]
     dataset: str | None
     chunks: int
+    digest: Digest
 
     def values(self, name: str, matrices: int, cols: int, place: str) -> np.ndarray | None:
         """[matrices, cols] for a weight; None where the file has no entry for it."""
@@ -64,11 +67,16 @@ def load(file: str) -> Imatrix:
     """Read and check an importance matrix."""
     path = Path(file).expanduser()
     try:
-        with path.open("rb") as opened:
-            magic = opened.read(4)
-        found = _load_gguf(file, path) if magic == b"GGUF" else _load_dat(file, path)
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(file, "is too large for an importance matrix", "name the right file")
+        return parse(file, path.read_bytes())
     except OSError as error:
         raise InputError(file, f"cannot be read: {error.strerror}", "make one with llama-imatrix") from None
+
+
+def parse(file: str, data: bytes) -> Imatrix:
+    """An importance matrix out of the bytes of ``file``, checked."""
+    found = (_parse_gguf if data[:4] == b"GGUF" else _parse_dat)(file, data)
     if not found.entries:
         raise InputError(file, "has no entries", "make an importance matrix with llama-imatrix")
     for name, values in found.entries.items():
@@ -113,13 +121,13 @@ def dump(
     return header(kvs, named) + bytes(data)
 
 
-def _load_gguf(file: str, path: Path) -> Imatrix:
-    header = read_header(path)
+def _parse_gguf(file: str, raw: bytes) -> Imatrix:
+    header = parse_header(raw, file)
     kvs = {kv.key: kv for kv in header.kvs}
     missing = [k for k in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size") if k not in kvs]
     if missing:
         raise InputError(file, f"is no importance matrix: it has no {missing[0]}", "make one with llama-imatrix")
-    data = _tensors(file, path, header)
+    data = _tensors(file, raw, header)
     entries = {}
     for name, sums in data.items():
         if not name.endswith(SUMS):
@@ -132,28 +140,23 @@ def _load_gguf(file: str, path: Path) -> Imatrix:
         counts = counts.reshape(-1, 1)
         entries[weight] = np.where(counts > 0, each / np.maximum(counts, np.float32(1e-30)), np.float32(1)).reshape(-1)
     datasets = decode_kv(kvs["imatrix.datasets"])
-    return Imatrix(file, entries, datasets[0] if datasets else None, int(decode_kv(kvs["imatrix.chunk_count"])))
+    chunks = int(decode_kv(kvs["imatrix.chunk_count"]))
+    return Imatrix(file, entries, datasets[0] if datasets else None, chunks, digest_bytes(raw))
 
 
-def _tensors(file: str, path: Path, header: GgufHeader) -> dict[str, np.ndarray]:
+def _tensors(file: str, data: bytes, header: GgufHeader) -> dict[str, np.ndarray]:
     found = {}
-    with path.open("rb") as opened:
-        for tensor in header.tensors:
-            if tensor.type != "F32":
-                raise InputError(file, f"{tensor.name} is {tensor.type}, not F32", "make the importance matrix anew")
-            opened.seek(header.data_offset + tensor.offset)
-            data = opened.read(tensor.nbytes)
-            if len(data) != tensor.nbytes:
-                raise InputError(file, "is truncated", "fetch or make it again")
-            found[tensor.name] = np.frombuffer(data, np.float32)
+    for tensor in header.tensors:
+        if tensor.type != "F32":
+            raise InputError(file, f"{tensor.name} is {tensor.type}, not F32", "make the importance matrix anew")
+        start = header.data_offset + tensor.offset
+        found[tensor.name] = np.frombuffer(data, np.float32, tensor.nbytes // 4, start)
     return found
 
 
-def _load_dat(file: str, path: Path) -> Imatrix:
+def _parse_dat(file: str, data: bytes) -> Imatrix:
     """int32 count; per entry: name length, name, calls, number of values, sums over calls; then chunks, data set."""
-    if path.stat().st_size > MAX_DAT:
-        raise InputError(file, "is too large for an importance matrix", "name the right file")
-    data, at, entries = path.read_bytes(), 4, {}
+    at, entries = 4, {}
     try:
         for _ in range(struct.unpack_from("<i", data)[0]):
             length = struct.unpack_from("<i", data, at)[0]
@@ -169,4 +172,4 @@ def _load_dat(file: str, path: Path) -> Imatrix:
             dataset = data[at + 8 : at + 8 + length].decode()
     except (struct.error, ValueError, UnicodeDecodeError):
         raise InputError(file, "is no importance matrix, or is truncated", "make one with llama-imatrix") from None
-    return Imatrix(file, entries, dataset, chunks)
+    return Imatrix(file, entries, dataset, chunks, digest_bytes(data))

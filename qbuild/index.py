@@ -25,6 +25,7 @@ BUSY_SECONDS = 60.0
 
 # files: a blob, or a partial (a file that is still written, named by its plan), or for a moment both: `blob` is set
 # before the rename and `partial` cleared after it, so wherever a crash falls the row finds the file.
+# results.meta: digests of what a result is about; versions: unused.
 # mtime_ns, ctime_ns, inode: the stat when the bytes were last known to be right; NULL = to be hashed before use.
 SCHEMA = """
 CREATE TABLE files (

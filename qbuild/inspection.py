@@ -71,7 +71,7 @@ def explain(plan: Plan, words: list[str]) -> list[dict[str, Any]]:
     """The actions that ``words`` name (targets, tensors, or actions), with verdict, reason and manifest."""
     graph = plan.resolved.graph
     wanted = list(graph.targets.values()) if not words else [i for w in words for i in _matches(plan, w)]
-    judge = Judge(plan.resolved, plan.store, rebuild=False)
+    judge = Judge(plan.resolved, plan.store)
     judge.verdicts = dict(plan.verdicts)
     return [_explained(judge, plan, graph.actions[action_id]) for action_id in dict.fromkeys(wanted)]
 

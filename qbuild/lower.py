@@ -108,9 +108,8 @@ def pass_task(
     files = tuple(
         stream.OutputTask(w.target.name, _partial(w), w.header, w.layout.offsets[0], w.layout.size) for w in wanted
     )
-    rebuild = resolved.config.rebuild
     chunk, threads, device = strategy.chunk_bytes, strategy.threads, strategy.device
-    return stream.PassTask(resolved.checkpoint.files, tasks, files, chunk, threads, rebuild, device)
+    return stream.PassTask(resolved.checkpoint.files, tasks, files, chunk, threads, device=device)
 
 
 def _partial(item: Wanted) -> str:

@@ -13,9 +13,7 @@ from qbuild.recipe import FileTarget
 from qbuild.running import Jobs
 from qbuild.store import Store
 
-__all__ = ["KINDS", "counts", "measure"]
-
-KINDS = frozenset((evaluation.STATES, evaluation.RESULT))
+__all__ = ["counts", "measure"]
 
 
 def counts(made: Plan) -> dict[str, int]:
@@ -38,13 +36,12 @@ def measure(made: Plan, jobs: Jobs) -> dict[str, Any] | None:
         return None
     todo = {name: action for name, action in asked.results.items() if made.verdicts[action].state != "hit"}
     if todo:
-        tokens = made.verdicts[asked.tokens]
         states = made.verdicts[asked.states]
         targets = tuple(_target(made, name, action) for name, action in todo.items())
         params = made.resolved.graph.actions[asked.states].params
         task = evaluation.Task(
             made.resolved.checkpoint,
-            tokens.outputs[0],
+            made.verdicts[asked.tokens].outputs[0],
             params,
             states.outputs[0] if states.state == "hit" else None,
             _key(made, asked.states),
@@ -61,7 +58,8 @@ def measure(made: Plan, jobs: Jobs) -> dict[str, Any] | None:
     conf = made.resolved.config.evaluation
     results = {name: _read(made.store, digest) for name, digest in digests.items()}
     text = {key: getattr(conf, key) for key in ("source", "samples", "length", "dtype")}
-    return text | {"digest": str(made.verdicts[asked.tokens].outputs[0]), "targets": results}
+    tokens = made.verdicts[asked.tokens]
+    return text | {"digest": str((tokens.outputs or tokens.gone)[0]), "targets": results}
 
 
 def _key(made: Plan, action: str) -> str:
@@ -76,7 +74,7 @@ def _target(made: Plan, name: str, action: str) -> evaluation.Target:
     digests = made.verdicts[target.action].outputs[:1]
     scheme = target.scheme if isinstance(target, CalibratedTarget) else None
     if scheme is not None or (isinstance(target, FileTarget) and target.shards):
-        files = directory.files(made.store.read_bytes(digests[0]) or b"{}")
+        files = directory.listed(made.store, digests[0], name)
         digests = tuple(d for n, d in sorted(files.items()) if n.endswith((".safetensors", ".gguf")))
     specs = tuple(made.resolved.specs.values()) if scheme is None else ()
     scaled = getattr(made.resolved.config.targets[name], "scaled", False)

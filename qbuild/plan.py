@@ -40,11 +40,13 @@ from qbuild.arch.metadata import check_overrides, quantized_kvs
 from qbuild.budget import Budget, Footprint, Remedy, parse_size, refuse
 from qbuild.cache import ActionCache
 from qbuild.calibrated import CalibratedTarget
+from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import BudgetRefused, InputError
 from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Input, Source
+from qbuild.inputs import InputFile
 from qbuild.kernels.gpu.table import TYPES as ON_GPU
 from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, Wanted, choose_strategy, kernels_of, outputs, pass_task
 from qbuild.manifest import action_key, walk
@@ -55,6 +57,7 @@ from qbuild.store import Store
 __all__ = ["Judge", "Plan", "TargetPlan", "Verdict", "check_limits", "make", "manifest_parts", "versions"]
 
 MISSING = "not installed"
+NEVER = 1 << 62  # nothing was stored since then
 
 # Weights a second of one core, and bytes a second of a disk; replaced by this machine's own after its first build.
 TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 3e10, "solve": 2e10, "propagate": 2e10, "compare": 2e8}
@@ -137,6 +140,8 @@ class Plan:
     footprint: Footprint
     read_bytes: int
     seconds: float  # estimated, by this machine's own rates once it has built something
+    since: int  # results that were stored before do not count
+    files: Mapping[str, InputFile]  # small files by path, as they were when the verdicts were given
 
     @property
     def making(self) -> Footprint:
@@ -182,14 +187,16 @@ def versions(kinds: Iterable[str]) -> dict[str, str]:
 class Judge:
     """Gives verdicts. Digests of source bytes come from the records of unchanged files, small files are hashed here."""
 
-    def __init__(self, resolved: Resolved, store: Store, rebuild: bool, spared: Collection[str] = ()) -> None:
-        """``rebuild``: stored results do not count, but for the kinds of action in ``spared``."""
-        self.resolved, self.store, self.rebuild, self.spared = resolved, store, rebuild, spared
-        self.cache = ActionCache(store)
+    def __init__(
+        self, resolved: Resolved, store: Store, since: int = 0, files: Mapping[str, InputFile] | None = None
+    ) -> None:
+        """``since``: results that were stored before do not count; ``files``: small files that were hashed already."""
+        self.resolved, self.store = resolved, store
+        self.cache = ActionCache(store, since)
         self.records: dict[str, dict[int, Digest] | None] = {}
         self.learned: dict[tuple[str, int], Digest] = {}
         self.verdicts: dict[str, Verdict] = {}
-        self.small: dict[str, Digest] = {}  # side files and calibration text, hashed here
+        self.small = dict(files or {})  # side files and calibration text, hashed here
         self.identities = {str(f.path): f.identity for f in resolved.checkpoint.files}
 
     def all(self, made: Mapping[str, Verdict] | None = None) -> dict[str, Verdict]:
@@ -202,8 +209,8 @@ class Judge:
         """The digest of source bytes, if it is known without reading weights."""
         if source.file and source.file not in self.identities:
             if source.file not in self.small:
-                self.small[source.file] = digest_bytes(Path(source.file).read_bytes())
-            return self.small[source.file]
+                self.small[source.file] = InputFile.taken(Path(source.file))
+            return self.small[source.file].digest
         learned = self.learned.get((source.file, source.offset))
         if learned is not None:
             return learned
@@ -212,6 +219,20 @@ class Judge:
         record = self.records[source.file]
         found = record.get(source.offset) if record else None
         return found if found is not None and found.size == source.nbytes else None
+
+    def files(self, action: Action) -> dict[str, InputFile]:
+        """The small files that an action reads, by role, as they were when its key was made of them."""
+        read = ((role, item) for role, item in action.inputs if isinstance(item, Source))
+        return {role: self.small[item.file] for role, item in read if item.file in self.small}
+
+    def checkpoint(self) -> Checkpoint:
+        """The source with the digests of its tensors, as far as they are known."""
+        found, digests = self.resolved.checkpoint, {}
+        for one in found.tensors.values() if found.files else ():
+            path = str(found.files[one.file].path)
+            digests[one.name] = self.digest(Source(one.name, path, one.offset, one.nbytes))
+        tensors = {name: replace(one, digest=digests.get(name)) for name, one in found.tensors.items()}
+        return replace(found, tensors=tensors)
 
     def _record(self, path: str) -> dict[int, Digest] | None:
         identity = self.identities.get(path)
@@ -251,11 +272,10 @@ class Judge:
         key = action_key(manifest_parts(action, digests))
         if action.kind == weights.KIND:
             return Verdict("hit", "known", key, (digest_bytes(key.encode()),))
-        if self.rebuild and action.kind not in self.spared:
-            return Verdict("run", "all again (-B)", key)
         result = self.cache.find(key)
         if result is None:
-            return Verdict("run", "no result is stored under its key", key)
+            why = "all again (-B)" if self.cache.since else "no result is stored under its key"
+            return Verdict("run", why, key)
         if not self.cache.stored(result):
             return Verdict("run", "its result is no longer stored", key, gone=result.outputs)
         return Verdict("hit", "stored", key, result.outputs)
@@ -335,7 +355,7 @@ class Judge:
 
     def _hinted(self, action: Action) -> bool:
         """Results exist that hashing may turn into hits."""
-        if self.rebuild:
+        if self.cache.since:
             return False
         if action.kind == tensor.KIND:
             name, type_ = action.id.rpartition(":")[0], action.params.type
@@ -352,13 +372,13 @@ def out_dir(resolved: Resolved) -> Path:
     return Path(resolved.config.out or f"outputs/{resolved.name}").expanduser().absolute()
 
 
-def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) -> Plan:
+def make(config: schema.Config, *, fetch: bool, began: int = NEVER) -> Plan:
     """The plan of a configuration. Raises BudgetRefused when it can never fit.
 
-    ``spared``: kinds of actions whose stored results count even with -B, because this build made them.
+    ``began``: when the command did, in nanoseconds since the epoch: with -B what was stored before does not count.
     """
     store = Store(store_dir(config))
-    resolved, judge = _judged(config, store, fetch, spared)
+    resolved, judge = _judged(config, store, fetch, began if config.rebuild else 0)
     out = out_dir(resolved)
     verdicts = judge.verdicts
     gpu = device.gpu(config)
@@ -371,6 +391,7 @@ def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) ->
         for t, made, (_, exact) in zip(resolved.files, outs, kv_bytes, strict=True)
     }
     check_limits(resolved, judge)
+    resolved = replace(resolved, checkpoint=judge.checkpoint())  # a worker finds out when it changed since
     calibrated = {t.name: judge.calibrated_plan(t, out) for t in resolved.targets if isinstance(t, CalibratedTarget)}
     targets = tuple((files | calibrated)[t.name] for t in resolved.targets)
     strategy, passing = _gguf_pass(config, judge, todo, budget, gpu)
@@ -382,7 +403,21 @@ def make(config: schema.Config, *, fetch: bool, spared: Collection[str] = ()) ->
     footprint = replace(_peaks(every), disk=disk)
     read, seconds = sum(s.read for s in every), sum(s.seconds for s in every)
     return Plan(
-        resolved, store, budget, out, verdicts, targets, strategy, ahead, passing, after, footprint, read, seconds
+        resolved,
+        store,
+        budget,
+        out,
+        verdicts,
+        targets,
+        strategy,
+        ahead,
+        passing,
+        after,
+        footprint,
+        read,
+        seconds,
+        judge.cache.since,
+        judge.small,
     )
 
 
@@ -420,15 +455,15 @@ def _gguf_pass(
     return strategy, (step,)
 
 
-def _judged(config: schema.Config, store: Store, fetch: bool, spared: Collection[str]) -> tuple[Resolved, Judge]:
+def _judged(config: schema.Config, store: Store, fetch: bool, since: int) -> tuple[Resolved, Judge]:
     """The graph with verdicts. What calibration has made already takes part in the graph."""
     resolved = resolve(config, fetch=fetch)
-    judge = Judge(resolved, store, config.rebuild, spared)
+    judge = Judge(resolved, store, since)
     judge.all()
     made = _made(resolved, judge)
     if made != Made():
         resolved = resolve(config, fetch=fetch, made=made, checkpoint=resolved.checkpoint)
-        judge = Judge(resolved, store, config.rebuild, spared)
+        judge = Judge(resolved, store, since, judge.small)
         judge.all()
     return resolved, judge
 

@@ -27,6 +27,7 @@ from qbuild.gguffile import Named, layout, shards, split_name
 from qbuild.graph import Action, Graph, Input, Output, Source
 from qbuild.imatrix import Imatrix, Noted, counts, noted
 from qbuild.imatrix import load as load_imatrix
+from qbuild.inputs import InputFile
 from qbuild.source import open_source
 
 AUTO = "auto"  # the value of ``imatrix`` that asks for one made by calibration
@@ -65,7 +66,7 @@ class Resolved:
     """A configuration as a graph. ``name`` is the model's name in file names.
 
     ``awaited``: the action that makes the importance matrix which some target waits for. ``matrix_files``: importance
-    matrices that were given, by digest.
+    matrices that were given.
     """
 
     config: schema.Config
@@ -79,7 +80,7 @@ class Resolved:
     calibration: Calibration | None = None
     awaited: str | None = None
     evaluation: Evaluation | None = None
-    matrix_files: Mapping[Digest, str] = field(default_factory=dict)
+    matrix_files: Mapping[Digest, InputFile] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[FileTarget, ...]:
@@ -187,7 +188,7 @@ class _Builder:
         self.graph = Graph()
         self.matrices: dict[str, Imatrix] = {}
         self.slices: dict[Digest, bytes] = {}
-        self.matrix_files: dict[Digest, str] = {}
+        self.matrix_files: dict[Digest, InputFile] = {}
         self.kvs = self._metadata()
         self.calibration = self._calibration()
         self.awaited: str | None = None
@@ -321,9 +322,8 @@ class _Builder:
             return _Entries(self.calibration.matrix, self.calibration.sees)
         if isinstance(found, Output):
             raise RuntimeError(f"BUG: {target.imatrix} is to be made")
-        digest = digest_bytes(Path(target.imatrix).expanduser().read_bytes())
-        self.matrix_files[digest] = target.imatrix
-        return _Entries(digest, lambda spec: spec.name in found.entries)
+        self.matrix_files[found.digest] = InputFile(Path(target.imatrix).expanduser(), found.digest)
+        return _Entries(found.digest, lambda spec: spec.name in found.entries)
 
     def _file_params(
         self, target: schema.GgufTarget, named: Choices, matrix: Imatrix | Output | None, place: str

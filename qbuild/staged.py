@@ -29,8 +29,9 @@ from qbuild.backends import environment
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import CalibratedTarget
 from qbuild.digest import Digest
-from qbuild.errors import ActionFailed, StoreError
+from qbuild.errors import ActionFailed
 from qbuild.graph import Action, Output, Source
+from qbuild.inputs import InputFile
 from qbuild.manifest import action_key
 from qbuild.plan import Judge, Plan, Verdict, check_limits, manifest_parts
 from qbuild.running import Jobs
@@ -39,14 +40,7 @@ from qbuild.vram import CONTEXT
 
 MEASURABLE = 1e12  # operations: with fewer, starting up is what one measures
 
-__all__ = ["KINDS", "Stage", "compile_kernels", "hash_sources", "read_metadata"]
-
-KINDS = frozenset(
-    (
-        *(tokens.KIND, statistics.KIND, solve.KIND, importance.KIND, directory.KIND, backend.KIND),
-        *(sensitivity.KIND, damage.KIND, choice.KIND),
-    )
-)
+__all__ = ["Stage", "compile_kernels", "hash_sources", "read_metadata"]
 
 
 def hash_sources(made: Plan, jobs: Jobs, judge: Judge, sources: Iterable[Source]) -> int:
@@ -69,15 +63,15 @@ def read_metadata(made: Plan, jobs: Jobs, judge: Judge) -> Verdict:
     known = judge.verdicts["metadata"]
     if known.outputs and made.store.check_blob(known.outputs[0]):
         return known
-    action, cache = made.resolved.graph.actions["metadata"], ActionCache(made.store)
+    action, cache = made.resolved.graph.actions["metadata"], ActionCache(made.store, made.since)
     digests, _ = judge.inputs(action)
     key = action_key(manifest_parts(action, digests))
     with made.store.lock(key):
-        result = None if made.resolved.config.rebuild else cache.get(key)
+        result = cache.get(key)
         if result is None:
             jobs.sink.message("info", "reading the tokenizer and the model's metadata")
             checkpoint = made.resolved.checkpoint
-            task = metadata.Task(checkpoint, made.resolved.config.model.name)
+            task = metadata.Task(checkpoint, made.resolved.config.model.name, judge.files(action))
             done = jobs.run(metadata.KIND, "metadata", task, metadata.ram(checkpoint.aux))
             result = ActionResult(metadata.KIND, (made.store.put_bytes(done.value),), done.seconds, done.peak)
             cache.put(key, result)
@@ -103,7 +97,7 @@ class Stage:
         if made.resolved.calibration is None:
             raise RuntimeError("BUG: a plan without calibration has no steps")
         self.calibration = made.resolved.calibration
-        self.judge = Judge(made.resolved, made.store, made.resolved.config.rebuild)
+        self.judge = Judge(made.resolved, made.store, made.since, made.files)
         self.made: dict[str, Verdict] = {}
         self.read_bytes = self.written_bytes = 0
         self.seconds: dict[str, float] = {}
@@ -111,11 +105,6 @@ class Stage:
     @property
     def computed(self) -> frozenset[str]:
         return frozenset(self.made)
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        """The kinds of actions whose stored results this build may take for its own, with -B too."""
-        return KINDS | {self.resolved.graph.actions[action].kind for action in self.made}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -201,13 +190,21 @@ class Stage:
 
     def _tokens(self, step: Step, todo: list[Action]) -> float:
         config, checkpoint, seconds = self.resolved.config, self.resolved.checkpoint, 0.0
-        files = {name: path for name, path in checkpoint.aux.items() if name in tokens.TOKENIZER}
+        if checkpoint.root is None:
+            raise RuntimeError("BUG: tokens for a checkpoint that is not on disk")
         for action in todo:
             conf = config.calibration if action.id == "tokens" else config.evaluation
             use = "calibration" if action.id == "tokens" else "evaluation"
-            text = None if conf.source == tokens.BUILTIN else conf.source
+            files = self.judge.files(action)
             task = tokens.Task(
-                use, text, checkpoint.source, files, action.params, self.calibration.rows, config.offline
+                use=use,
+                source=conf.source or tokens.BUILTIN,
+                texts=tuple(file for role, file in files.items() if role not in tokens.TOKENIZER),
+                model=checkpoint.source,
+                folder=checkpoint.root,
+                tokenizer={role: file for role, file in files.items() if role in tokens.TOKENIZER},
+                params=action.params,
+                rows=self.calibration.rows,
             )
             done = self.jobs.run(step.kind, action.id, task, step.ram, step.vram)
             self.cache.put(self._key(action), ActionResult(step.kind, (done.value,), done.seconds, done.peak))
@@ -220,7 +217,7 @@ class Stage:
         keys = {a.params.layer: self._key(a) for a in every}
         wanted = frozenset(a.params.layer for a in todo)
         states = self.store.root / "states" / keys[max(wanted)][:32]
-        tokens_, source = self._output(self.calibration.tokens.action), self.resolved.checkpoint
+        tokens_, source = self._output(self.calibration.tokens.action), self.judge.checkpoint()
         task = statistics.Task(source, tokens_, every[0].params, keys, wanted, states, step.spill, step.threads)
         last = max(wanted) + 1
         with self.jobs.progress(f"{self.resolved.name}: calibration", last, last, "layers"):
@@ -232,7 +229,7 @@ class Stage:
 
     def _solve(self, step: Step, todo: list[Action]) -> float:
         items = tuple(self._item(action) for action in sorted(todo, key=lambda a: a.params.layer))
-        task = solve.Task(self.resolved.checkpoint, items, step.threads)
+        task = solve.Task(self.judge.checkpoint(), items, step.threads)
         with self.jobs.progress(f"{self.resolved.name}: {step.label}", len(items), len(items), "layers"):
             done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
         for action_id, digest in done.value.outputs.items():
@@ -265,7 +262,7 @@ class Stage:
         )
         states = self.store.root / "states" / items[-1].key[:32]
         tokens_ = self._output(self.calibration.tokens.action)
-        task = propagate.Task(self.resolved.checkpoint, tokens_, items, states, step.spill, step.threads)
+        task = propagate.Task(self.judge.checkpoint(), tokens_, items, states, step.spill, step.threads)
         with self.jobs.progress(f"{self.resolved.name} → {name}", len(items), len(items), "layers"):
             done = self.jobs.run(step.kind, f"{step.label} '{name}'", task, step.ram, step.vram)
         for action_id, digest in done.value.outputs.items():
@@ -283,7 +280,7 @@ class Stage:
         return done.seconds
 
     def _sensitivity(self, step: Step, todo: list[Action]) -> float:
-        action, checkpoint = todo[0], self.resolved.checkpoint
+        action, checkpoint = todo[0], self.judge.checkpoint()
         key, tokens_ = self._key(action), self._output(self.calibration.tokens.action)
         states = self.store.root / "states" / key[:32]
         task = sensitivity.Task(key, action.params, checkpoint, tokens_, states, step.threads)
@@ -315,17 +312,14 @@ class Stage:
         numbers = {str(f.path): n for n, f in enumerate(self.resolved.checkpoint.files)}
         sources = [item for role, item in actions[0].inputs if isinstance(item, Source)]
         pieces = tuple(stream.Piece(s.name, numbers[s.file], s.offset, s.nbytes, self.judge.digest(s)) for s in sources)
-        wants = tuple(damage.Want(a.id, self._key(a), a.params, self._matrix_file(a)) for a in actions)
+        wants = tuple(damage.Want(a.id, self._key(a), a.params, self._weighed_by(a)) for a in actions)
         return damage.Item(name, pieces, wants)
 
-    def _matrix_file(self, action: Action) -> str | None:
-        """The file of the importance matrix that an action reads: one that was given, or the one that was made."""
+    def _weighed_by(self, action: Action) -> InputFile | Digest | None:
+        """The importance matrix that an action reads: one that was given, or the one that was made."""
         found = next((item for role, item in action.inputs if role == "imatrix"), None)
         if isinstance(found, Output):
-            path = self.store.path(self._output(found.action))
-            if path is None:
-                raise StoreError(str(self.store.root), "the importance matrix is gone or damaged", "run again")
-            return str(path)
+            return self._output(found.action)
         return self.resolved.matrix_files[found] if isinstance(found, Digest) else None
 
     def _choices(self, step: Step, todo: list[Action]) -> float:
@@ -337,7 +331,7 @@ class Stage:
                 for made in below
                 if made.kind == damage.KIND
             )
-            target, matrix = action.id.partition(":")[2], self._matrix_file(action)
+            target, matrix = action.id.partition(":")[2], self._weighed_by(action)
             kvs = self._output("metadata")
             task = choice.Task(target, self._key(action), action.params, kvs, damages, matrix)
             done = self.jobs.run(step.kind, f"{step.label} of '{target}'", task, step.ram)
@@ -352,8 +346,15 @@ class Stage:
                 continue
             if target.directory is None or target.scheme is None:
                 raise RuntimeError(f"BUG: {target.name} is no directory")
-            solved, key = tuple(self._output(a) for a in target.tensors), self._key(wanted[target.action])
-            task = directory.Task(key, self.resolved.checkpoint, target.directory, target.scheme, solved)
+            solved, action = tuple(self._output(a) for a in target.tensors), wanted[target.action]
+            task = directory.Task(
+                self._key(action),
+                self.judge.checkpoint(),
+                target.directory,
+                self.judge.files(action),
+                target.scheme,
+                solved,
+            )
             title = f"{self.resolved.name} → {target.name}"
             with self.jobs.progress(title, len(target.directory.files), target.directory.size, "files"):
                 done = self.jobs.run(step.kind, f"writing '{target.name}'", task, step.ram, step.vram)
@@ -370,16 +371,18 @@ class Stage:
                 continue
             if target.directory is None or target.environment is None:
                 raise RuntimeError(f"BUG: {target.name} is no directory of another library")
-            params, key = wanted[target.action].params, self._key(wanted[target.action])
+            action = wanted[target.action]
+            params, key = action.params, self._key(action)
             tokens_ = self._output(self.calibration.tokens.action)
             task = backend.Task(
                 key,
                 f"targets.{target.name}",
-                self.resolved.checkpoint,
+                self.judge.checkpoint(),
                 target.environment,
                 tokens_,
                 params,
                 target.directory,
+                self.judge.files(action),
                 self.plan.budget.threads,
             )
             label = f"{params.backend} '{target.name}'"

@@ -96,7 +96,8 @@ def missing(resolved: Resolved, verdicts: Mapping[str, State]) -> list[str]:
     want: set[str] = set()
     stack = [t.action for t in resolved.targets if isinstance(t, CalibratedTarget)]
     stack += [resolved.awaited] if resolved.awaited else []
-    stack += [resolved.evaluation.tokens] if resolved.evaluation else []
+    if (asked := resolved.evaluation) and any(verdicts[a].state != "hit" for a in asked.results.values()):
+        stack.append(asked.tokens)
     while stack:
         action = stack.pop()
         if action not in want and verdicts[action].state != "hit":

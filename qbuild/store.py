@@ -731,21 +731,24 @@ class Store:
         return held is None
 
     def _needed(self, roots: set[str]) -> set[str]:
-        """Roots, outputs that exist, the stored inputs of whatever made them, and what else that made: of a directory
-        the list of its files."""
+        """Roots, outputs that exist, the stored inputs of whatever made them, what else that made (of a directory the
+        list of its files), and what is told of them, such as an evaluation."""
         needed = set(roots)
         needed.update(str(row.digest) for row in self.outputs() if row.path.exists())
         with self.index.reading() as db:
             rows = db.execute(
-                "SELECT outputs, inputs FROM results WHERE inputs != '[]' OR outputs LIKE '%,%'"
+                "SELECT outputs, inputs, meta FROM results"
+                " WHERE inputs != '[]' OR outputs LIKE '%,%' OR meta NOT IN ('[]', '{}')"
             ).fetchall()
-        made_from: dict[str, set[str]] = {}
-        for outputs, inputs in ((json.loads(outputs), json.loads(inputs)) for outputs, inputs in rows):
+        with_it: dict[str, set[str]] = {}
+        for outputs, inputs, about in (map(json.loads, row) for row in rows):
             for output in outputs:
-                made_from.setdefault(output, set()).update(inputs, outputs)
+                with_it.setdefault(output, set()).update(inputs, outputs)
+            for digest in about:
+                with_it.setdefault(digest, set()).update(outputs)
         todo = list(needed)
         while todo:
-            new = made_from.get(todo.pop(), set()) - needed
+            new = with_it.get(todo.pop(), set()) - needed
             needed |= new
             todo.extend(new)
         return needed

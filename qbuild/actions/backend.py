@@ -5,11 +5,13 @@ What the library writes is checked and laid out anew, as our own directories are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qbuild.backends.environment import Environment
 from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
+from qbuild.inputs import InputFile
 from qbuild.quant.directory import Directory
 from qbuild.quant.shapes import Scheme
 
@@ -32,7 +34,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Task:
-    """``place``: what an error names."""
+    """``place``: what an error names; ``copies``: files that go along as they are, by name."""
 
     key: str
     place: str
@@ -41,4 +43,5 @@ class Task:
     tokens: Digest
     params: Params
     directory: Directory
+    copies: Mapping[str, InputFile]
     threads: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qbuild.digest import Digest
+from qbuild.inputs import InputFile
 
 KIND = "gguf.choice"
 SALT = 1
@@ -24,11 +25,11 @@ class Params:
 
 @dataclass(frozen=True)
 class Task:
-    """``damages``: (tensor, type, digest of the number); ``matrix`` is the file of an importance matrix."""
+    """``damages``: (tensor, type, digest of the number); ``matrix``: an importance matrix, given or made."""
 
     target: str
     key: str
     params: Params
     metadata: Digest
     damages: tuple[tuple[str, str, Digest], ...]
-    matrix: str | None
+    matrix: InputFile | Digest | None

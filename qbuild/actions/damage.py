@@ -18,6 +18,7 @@ from qbuild.calibration.curvature import Curvature, Term
 from qbuild.checkpoint import SourceFile
 from qbuild.digest import Digest
 from qbuild.ggml import QTYPES
+from qbuild.inputs import InputFile
 
 KIND = "gguf.damage"
 SALT = 1
@@ -37,12 +38,12 @@ class Params:
 
 @dataclass(frozen=True)
 class Want:
-    """One action: a type, and the file of its importance matrix."""
+    """One action: a type, and its importance matrix, given or made."""
 
     id: str
     key: str
     params: Params
-    imatrix: str | None
+    imatrix: InputFile | Digest | None
 
 
 @dataclass(frozen=True)

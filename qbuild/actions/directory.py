@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest, digest_bytes
+from qbuild.errors import StoreError
+from qbuild.inputs import InputFile
 from qbuild.quant.directory import Directory
 from qbuild.quant.shapes import Scheme
+from qbuild.store import Store
 
 KIND = "checkpoint.directory"
 SALT = 1
@@ -26,11 +29,12 @@ class Params:
 
 @dataclass(frozen=True)
 class Task:
-    """``solved`` is by layer."""
+    """``solved`` is by layer; ``copies`` are the files that go along as they are, by name."""
 
     key: str
     checkpoint: Checkpoint
     directory: Directory
+    copies: Mapping[str, InputFile]
     scheme: Scheme
     solved: tuple[Digest, ...]
 
@@ -56,6 +60,10 @@ def tree(files: Mapping[str, Digest]) -> bytes:
     return json.dumps({name: str(digest) for name, digest in sorted(files.items())}).encode()
 
 
-def files(blob: bytes) -> dict[str, Digest]:
-    """The files of a directory's artifact."""
+def listed(store: Store, artifact: Digest, target: str) -> dict[str, Digest]:
+    """The files of a directory's artifact. Raises StoreError where it is gone or damaged."""
+    blob = store.read_bytes(artifact)
+    if blob is None:
+        fact = f"the list of the files of {target} is gone or damaged"
+        raise StoreError(str(store.root), fact, "run again: it is made anew")
     return {name: Digest.parse(text) for name, text in json.loads(blob).items()}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qbuild.arch.metadata import metadata
 from qbuild.checkpoint import Checkpoint
 from qbuild.gguffile import KV
+from qbuild.inputs import InputFile, copies
 
 KIND = "gguf.metadata"
 SALT = 1
@@ -34,8 +35,11 @@ class Params:
 
 @dataclass(frozen=True)
 class Task:
+    """``files``: the small files beside the weights, by name."""
+
     checkpoint: Checkpoint
     name: str | None
+    files: Mapping[str, InputFile]
 
 
 def ram(aux: Mapping[str, Path]) -> int:
@@ -49,7 +53,10 @@ def ram(aux: Mapping[str, Path]) -> int:
 
 
 def run(task: Task) -> bytes:
-    return pack(metadata(task.checkpoint, task.name))
+    if task.checkpoint.root is None:
+        raise ValueError("BUG: metadata of a checkpoint that is not on disk")
+    with copies(task.files, task.checkpoint.root) as folder:
+        return pack(metadata(replace(task.checkpoint, root=folder), task.name))
 
 
 def pack(kvs: Sequence[KV]) -> bytes:

@@ -111,7 +111,7 @@ class PassTask:
     outputs: tuple[OutputTask, ...]
     chunk_bytes: int
     threads: int
-    recompute: bool = False  # -B: cached results are not used
+    since: int = 0  # results that were stored before (nanoseconds since the epoch) are not used
     device: str = "cpu"  # or cuda: encodes what has a kernel there
 
 
@@ -268,7 +268,8 @@ class Pass:
     def __init__(
         self, task: PassTask, store: Store, emit: Callable[[dict[str, Any]], None], gpu: Gpu | None = None
     ) -> None:
-        self.task, self.store, self.cache, self.emit, self.gpu = task, store, ActionCache(store), emit, gpu
+        self.task, self.store, self.emit, self.gpu = task, store, emit, gpu
+        self.cache = ActionCache(store, task.since)
         # On a GPU the compute threads wait for it most of the time: hashing, then the slowest stage, takes them all.
         self.hash_threads = task.threads if gpu is not None else max(1, task.threads // 4)
         self.device_bytes, self.of_thread = device_bytes(task), threading.local()
@@ -447,8 +448,6 @@ class Pass:
 
     def _reuse(self, want: Want, digests: list[Digest]) -> bool:
         """Put a cached tensor in its places, verified byte for byte; False where it must be computed."""
-        if self.task.recompute:
-            return False
         result = self.cache.get(key_of(want, digests))
         if result is None:
             return False

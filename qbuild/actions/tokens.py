@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qbuild.inputs import InputFile
+
 KIND = "calibration.tokens"
 SALT = 1
 VERSIONS = ("tokenizers", "transformers")
@@ -31,13 +33,17 @@ class Params:
 
 @dataclass(frozen=True)
 class Task:
-    use: str  # calibration or evaluation
-    source: str | None  # None: the built-in text
+    """``use``: calibration or evaluation; ``texts``: the files of ``source``, none for the built-in text;
+    ``tokenizer``: its files by name, which lie in ``folder``; ``rows``: of the model's embedding."""
+
+    use: str
+    source: str
+    texts: tuple[InputFile, ...]
     model: str
-    tokenizer: Mapping[str, Path]
+    folder: Path
+    tokenizer: Mapping[str, InputFile]
     params: Params
-    rows: int  # of the model's embedding
-    offline: bool
+    rows: int
 
 
 def ram(tokenizer: Mapping[str, Path], text_bytes: int) -> int:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from qbuild.errors import InputError
 
-__all__ = ["Document", "check", "documents", "files"]
+__all__ = ["Document", "check", "documents", "files", "parsed"]
 
 Document = str | list[dict[str, str]]
 
@@ -51,9 +51,12 @@ def documents(source: str | None, *, offline: bool = False) -> list[Document]:
     """
     if source is None:
         return list(_built_in())
-    found = [
-        document for file in files(source, fetch=True, offline=offline) for document in _file(file, source) if document
-    ]
+    return parsed({path: _read(path, source) for path in files(source, fetch=True, offline=offline)}, source)
+
+
+def parsed(contents: Mapping[Path, bytes], source: str) -> list[Document]:
+    """The documents of files whose bytes are at hand, as ``documents`` gives them."""
+    found = [document for path, data in contents.items() for document in _file(path, data) if document]
     if not found:
         raise InputError(source, "has no text in it", KINDS)
     return found
@@ -81,19 +84,24 @@ def _built_in() -> Iterator[str]:
             yield from file.read_text(encoding="utf-8").strip("\n").split(BREAK)
 
 
-def _file(path: Path, source: str) -> Iterator[Document]:
+def _read(path: Path, source: str) -> bytes:
     if path.suffix not in SUFFIXES:
         raise InputError(source, f"{path.name} is no text that can be read here", KINDS)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(source, f"{path.name} is larger than 1 GiB", "a part of it is enough: head -n 10000")
-        text = path.read_bytes().decode("utf-8-sig")  # as it is: no translation of line ends
+        return path.read_bytes()
     except FileNotFoundError:
         raise InputError(source, "there is no such file or directory", KINDS) from None
     except OSError as error:
         raise InputError(source, f"{path.name} cannot be read: {error.strerror}", "check the file") from None
+
+
+def _file(path: Path, data: bytes) -> Iterator[Document]:
+    try:
+        text = data.decode("utf-8-sig")  # as it is: no translation of line ends
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}", "is not UTF-8", "save the text as UTF-8") from None
     if path.suffix not in LINES:
         return iter([text])

@@ -71,7 +71,7 @@ def _run(argv: list[str], json_wanted: bool) -> Outcome:
         if args.options.keys() & {"cfg", "info"} or "hydra_help" in args.switches:
             composer.show(args)
             return Outcome({}, "", 0)
-        runner = Runner(args.verb, args.words, "dry_run" in args.switches, json_wanted)
+        runner = Runner(args.verb, args.words, "dry_run" in args.switches, json_wanted, began)
         if "multirun" in args.switches:
             return multirun.run(composer, runner)
         job = composer.job()

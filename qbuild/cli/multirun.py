@@ -55,10 +55,10 @@ def keep_going(config: schema.Config, runner: Runner) -> Outcome:
     failures = {name: outcome.document["error"] for build, outcome in wrong for name in build.config.targets}
     if not made:
         first, texts = wrong[0][1], dict.fromkeys(outcome.text for _, outcome in wrong)
-        return Outcome({**first.document, "failed": failures}, "".join(texts), first.code)
+        return Outcome({**first.document, "failed": failures}, "".join(texts), _code([outcome for _, outcome in wrong]))
     _note(made)
     document = sweep.joined([outcome.document for outcome in made]) | {"failed": failures}
-    return Outcome(document, render.result(document), next((outcome.code for _, outcome in wrong), 0))
+    return Outcome(document, render.result(document), _code([outcome for _, outcome in wrong]))
 
 
 def _refused(builds: Sequence[sweep.Build], runner: Runner) -> Outcome | None:
@@ -162,8 +162,14 @@ def _overwritten(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def _summed(document: dict[str, Any], jobs: int, outcomes: Sequence[Outcome]) -> Outcome:
     document["total"] |= {"jobs": jobs, "failed": sum(job["exit_code"] != 0 for job in document["jobs"])}
-    code = next((outcome.code for outcome in outcomes if outcome.code), 0)
+    code = _code(outcomes)
     return Outcome(document, render.sweep(document) if code or len(outcomes) > 1 else "", code)
+
+
+def _code(outcomes: Sequence[Outcome]) -> int:
+    """The exit code of several: that of an interrupt, whatever failed before it, else of the first that failed."""
+    codes = [outcome.code for outcome in outcomes if outcome.code]
+    return Interrupted.exit_code if Interrupted.exit_code in codes else next(iter(codes), 0)
 
 
 def _entry(number: int, overrides: tuple[str, ...], outcome: Outcome, part: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,12 +29,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Runner:
-    """What is done with each job. A value, so that a launcher can send it to another process."""
+    """What is done with each job. A value, so that a launcher can send it to another process.
+
+    ``began``: when the command did, in nanoseconds since the epoch: with -B nothing is made twice after that.
+    """
 
     verb: str
     words: tuple[str, ...]
     dry_run: bool
     quiet: bool
+    began: int
 
     @property
     def makes(self) -> bool:
@@ -43,7 +47,7 @@ class Runner:
 
     def run(self, config: schema.Config) -> Outcome:
         sink = progress.sink(sys.stderr, quiet=self.quiet or config.format == "json")
-        answer = VERBS[self.verb].run(Request(config, self.words, self.dry_run, sink))
+        answer = VERBS[self.verb].run(Request(config, self.words, self.dry_run, sink, self.began))
         return Outcome(answer.document, answer.text, answer.code)
 
     def __call__(self, config: schema.Config) -> Outcome:

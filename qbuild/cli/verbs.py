@@ -21,12 +21,13 @@ __all__ = ["VERBS", "Answer", "Request", "Verb"]
 
 @dataclass(frozen=True)
 class Request:
-    """``words`` stood beside the verb; ``dry_run`` is -n."""
+    """``words`` stood beside the verb; ``dry_run`` is -n; ``began``: the command, in nanoseconds since the epoch."""
 
     config: schema.Config
     words: tuple[str, ...]
     dry_run: bool
     sink: Sink
+    began: int
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class Verb:
 def build(request: Request) -> Answer:
     if request.dry_run:
         return planned(request)
-    document = execute.build(request.config, request.sink)
+    document = execute.build(request.config, request.sink, request.began)
     return Answer(document, render.result(document))
 
 
 def planned(request: Request) -> Answer:
-    document = plan.make(request.config, fetch=False).to_json()
+    document = plan.make(request.config, fetch=False, began=request.began).to_json()
     return Answer(document, render.plan(document))
 
 

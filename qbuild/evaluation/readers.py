@@ -38,13 +38,11 @@ class Tensors:
 
 
 def safetensors(checkpoint: Checkpoint, reader: Reader) -> Tensors:
-    """The tensors of a checkpoint as they are stored."""
+    """The tensors of a checkpoint as they are stored, and were when they were hashed."""
 
     def read(name: str) -> torch.Tensor:
         tensor = checkpoint.tensors[name]
-        data = bytearray(tensor.nbytes)
-        reader.read_into(tensor.file, tensor.offset, memoryview(data))
-        return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
+        return torch.frombuffer(reader.tensor(tensor), dtype=DTYPES[tensor.dtype]).view(tensor.shape)
 
     return Tensors(tuple(checkpoint.tensors), read)
 

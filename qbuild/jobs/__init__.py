@@ -7,9 +7,10 @@ from typing import Any
 
 from qbuild.digest import Digest
 from qbuild.errors import StoreError
+from qbuild.inputs import InputFile
 from qbuild.store import Store
 
-__all__ = ["Emit", "needed"]
+__all__ = ["Emit", "content", "needed"]
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -20,3 +21,8 @@ def needed(store: Store, digest: Digest) -> bytes:
     if data is None:
         raise StoreError(str(store.root), f"{digest} is gone or damaged", "run again: it is made anew")
     return data
+
+
+def content(store: Store, item: InputFile | Digest) -> bytes:
+    """What was made before this action, or given by the user."""
+    return item.read() if isinstance(item, InputFile) else needed(store, item)

@@ -11,7 +11,7 @@ from qbuild.actions.metadata import unpack
 from qbuild.arch.metadata import quantized_kvs
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.digest import Digest
-from qbuild.jobs import Emit, needed
+from qbuild.jobs import Emit, content, needed
 from qbuild.store import Store
 
 __all__ = ["run"]
@@ -20,8 +20,9 @@ __all__ = ["run"]
 def run(task: Task, store: Store, _emit: Emit) -> Digest:
     began = time.monotonic()
     kvs = unpack(needed(store, task.metadata))
-    matrix = imatrix.load(task.matrix) if task.matrix else None
-    noted = None if matrix is None else imatrix.noted(matrix, task.params.imatrix or task.matrix or "")
+    called = task.params.imatrix or ""
+    matrix = imatrix.parse(called, content(store, task.matrix)) if task.matrix else None
+    noted = None if matrix is None else imatrix.noted(matrix, called)
     header = sum(len(kv.raw) for kv in quantized_kvs(kvs, 0, noted))
     found = fit.fitted(_tensors(task.params, task, store), header, task.params.max_bytes, f"targets.{task.target}")
     made = store.put_bytes(json.dumps(found, separators=(",", ":")).encode())

@@ -19,13 +19,14 @@ from qbuild.calibration.curvature import Curvature
 from qbuild.checkpoint import Reader
 from qbuild.digest import Digest, Hasher
 from qbuild.errors import InputError
-from qbuild.jobs import Emit, needed
+from qbuild.inputs import InputFile, changed
+from qbuild.jobs import Emit, content, needed
 from qbuild.store import Store
 
 __all__ = ["run"]
 
 Losses = list[np.ndarray]
-Matrices = Mapping[str | None, imatrix.Imatrix]
+Matrices = Mapping[InputFile | Digest, imatrix.Imatrix]
 
 
 def run(task: Task, store: Store, emit: Emit) -> dict[str, Digest]:
@@ -33,7 +34,8 @@ def run(task: Task, store: Store, emit: Emit) -> dict[str, Digest]:
     cache, began, done = ActionCache(store), time.monotonic(), 0
     made: dict[str, Digest] = {}
     curvature = Curvature.from_bytes(needed(store, task.curvature))
-    matrices: Matrices = {w.imatrix: imatrix.load(w.imatrix) for item in task.items for w in item.wants if w.imatrix}
+    given = {want.imatrix for item in task.items for want in item.wants if want.imatrix is not None}
+    matrices = {one: imatrix.parse(_name(one), content(store, one)) for one in given}
     with Reader(task.files) as reader, ThreadPoolExecutor(task.threads) as pool:
         for number, item in enumerate(task.items, start=1):
             start = time.monotonic()
@@ -73,6 +75,10 @@ def _measured(
     return [math.fsum(np.concatenate(rows)) for rows in zip(*parts, strict=True)]
 
 
+def _name(matrix: InputFile | Digest) -> str:
+    return str(matrix.path) if isinstance(matrix, InputFile) else "imatrix=auto"
+
+
 def _weights(item: Item, want: Want, matrices: Matrices) -> np.ndarray | None:
     if want.imatrix is None:
         return None
@@ -98,5 +104,4 @@ def _chunks(item: Item, reader: Reader) -> Iterator[tuple[int, np.ndarray]]:
 
 def _check(piece: Piece, digest: Digest, reader: Reader) -> None:
     if piece.digest is not None and piece.digest != digest:
-        fact = f"{piece.name} changed after it was hashed"
-        raise InputError(str(reader.files[piece.file].path), fact, "run again when nothing writes it")
+        raise changed(reader.files[piece.file].path, piece.name)

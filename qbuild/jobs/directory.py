@@ -24,6 +24,6 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
 
     with Reader(task.checkpoint.files) as reader:
         get = Contents(task.checkpoint, reader, task.scheme, solved)
-        outputs = put(task.directory, get, task.key, store, emit)
+        outputs = put(task.directory, task.copies, get, task.key, store, emit)
     ActionCache(store).put(task.key, ActionResult(KIND, outputs, time.monotonic() - began))
     return Made(outputs[0], reader.bytes_read, sum(file.size for file in task.directory.files))

@@ -49,7 +49,8 @@ def run(task: Task, store: Store, emit: Emit) -> dict[str, Digest]:
                 found: dict[str, Any] = evaluator.evaluate(wanted, source, states, model).to_json()
                 found["weights"] = evaluator.weight_errors(source, model, matrices, scaled=_scaled(target, task))
             made[target.name] = store.put_bytes(json.dumps(found).encode())
-            cache.put(target.key, ActionResult(RESULT, (made[target.name],), time.monotonic() - start))
+            spent, about = time.monotonic() - start, target.digests[:1]
+            cache.put(target.key, ActionResult(RESULT, (made[target.name],), spent, about=about))
             del model
             gc.collect()  # hooks of a model are in cycles, and its tensors with them
             progress(number, target.name)

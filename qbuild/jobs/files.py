@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from qbuild.actions.directory import tree
 from qbuild.digest import Digest, Hasher
+from qbuild.inputs import InputFile
 from qbuild.jobs import Emit
 from qbuild.quant.directory import Chunk, Directory, Item, OutFile, write
 from qbuild.store import Partial, Store
@@ -17,12 +18,17 @@ COPY = 4 << 20
 
 
 def put(
-    directory: Directory, get: Callable[[Item], Mapping[str, Iterable[Chunk]]], key: str, store: Store, emit: Emit
+    directory: Directory,
+    copies: Mapping[str, InputFile],
+    get: Callable[[Item], Mapping[str, Iterable[Chunk]]],
+    key: str,
+    store: Store,
+    emit: Emit,
 ) -> tuple[Digest, ...]:
     """Store every file of ``directory``, ``get`` giving the bytes of its items. Its tree's digest, then the files'."""
     began = time.monotonic()
     found: dict[str, Digest] = {name: store.put_bytes(text.encode()) for name, text in directory.texts.items()}
-    found |= {name: store.put_bytes(path.read_bytes()) for name, path in directory.copies.items()}
+    found |= {name: store.put_bytes(file.read()) for name, file in copies.items()}
     written = finished = 0
 
     def progress(file: OutFile, nbytes: int) -> None:

@@ -47,10 +47,7 @@ class Contents:
     def _plain(self, source: str, tensor: OutTensor) -> Iterator[memoryview]:
         """A tensor of the checkpoint in the dtype of the file, in chunks."""
         found = self._checkpoint.tensors[source]
-        size = ITEM_SIZES[found.dtype]
-        for start in range(0, found.nbytes, CHUNK * size):
-            buffer = bytearray(min(CHUNK * size, found.nbytes - start))
-            self._reader.read_into(found.file, found.offset + start, memoryview(buffer))
+        for buffer in self._reader.chunks(found, CHUNK * ITEM_SIZES[found.dtype]):
             if found.dtype == tensor.dtype:
                 yield memoryview(buffer)
             else:

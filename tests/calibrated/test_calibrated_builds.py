@@ -137,12 +137,19 @@ def test_targets_that_differ_only_in_how_codes_are_found_do_not_wait_for_each_ot
     assert one["digest"] != two["digest"]
 
 
-def test_a_file_in_shards_is_as_far_from_its_source_as_the_whole_file(build: Build, text: Path) -> None:
+def test_a_file_in_shards_is_as_far_from_its_source_as_the_whole_file_and_stays_measured_after_gc(
+    build: Build, qbuild: Run, text: Path
+) -> None:
     words = [f"evaluation.source={text}", "evaluation.samples=2", "evaluation.length=64"]
     whole = build("target=gguf/q8_0", *words)["evaluation"]["targets"]["q8_0"]
     cut = build("target=gguf/q8_0", "targets.q8_0.max_shard_size=1MB", *words)
     assert actions(cut) == {"evaluation.result": 1}
     assert cut["evaluation"]["targets"]["q8_0"] == whole
+    qbuild("gc")  # frees tokens and states of the source
+    words.append("keep_going=true")  # another command line: not the null build
+    again = build("target=gguf/q8_0", "targets.q8_0.max_shard_size=1MB", *words)
+    assert actions(again) == {}
+    assert again["evaluation"] == cut["evaluation"]
 
 
 def test_shards_that_a_build_no_longer_has_go(build: Build) -> None:

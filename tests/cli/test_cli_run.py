@@ -55,7 +55,7 @@ class Engine:
         self.planned: list[schema.Config] = []
         self.disk = 1 << 20  # what a plan says that it needs of 3 MiB
 
-    def build(self, config: schema.Config, sink: Sink) -> dict[str, Any]:
+    def build(self, config: schema.Config, sink: Sink, _since: int) -> dict[str, Any]:
         self.configs.append(config)
         sink.message("info", "building")
         print("a library that talks")
@@ -136,7 +136,7 @@ def test_a_bug_says_so_and_shows_where(qbuild: Run, engine: Engine) -> None:
 
 
 def test_sigterm_ends_a_build_like_ctrl_c(qbuild: Run, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verbs.execute, "build", lambda config, sink: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(verbs.execute, "build", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert qbuild(*TARGET).code == 130
 
 
@@ -243,6 +243,21 @@ def test_where_all_targets_fail_each_error_is_told(
     said = qbuild("-k", "model.source=x", "target=[gguf/q8_0,gguf/q4_k_m]").err
     assert "q8_0 is bad" in said
     assert "q4_k_m is bad" in said
+
+
+@pytest.mark.parametrize(
+    "argv", [("-k", "target=[gguf/q8_0,gguf/q4_k_m]"), ("-k", "-m", "target=gguf/q8_0,gguf/q4_k_m")]
+)
+def test_an_interrupt_after_a_failure_is_told_as_an_interrupt(
+    qbuild: Run, engine: Engine, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]
+) -> None:
+    def stop(config: schema.Config, *_: Any) -> None:
+        if list(config.targets) == ["q4_k_m"]:
+            raise KeyboardInterrupt
+        raise errors.ActionFailed("targets.q8_0", "was killed")
+
+    monkeypatch.setattr("qbuild.execute.build", stop)
+    assert qbuild("model.source=x", *argv).code == 130
 
 
 def launched(*digests: str) -> Any:

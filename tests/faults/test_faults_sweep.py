@@ -27,10 +27,11 @@ def test_a_killed_worker_costs_its_own_job_and_the_next_run_makes_only_that(spac
     (hook / "sitecustomize.py").write_text(KILLED)
     before = space.env.get("PYTHONPATH", "")
     space.env["PYTHONPATH"] = f"{hook}:{before}"
-    done = space.run("-m", "-k", target=TYPES, code=1)
+    done = space.run("-m", "-k", "-B", target=TYPES, code=1)
     assert [job["exit_code"] for job in done["jobs"]] == [0, 1, 0]
     assert "SIGKILL" in done["jobs"][1]["error"]["fact"]
     assert (done["total"]["jobs"], done["total"]["failed"]) == (3, 1)
+    assert done["total"]["reused"] > 0  # -B makes everything again once, not for each job that is tried alone
     assert {path.name for path in space.out.glob("*.gguf")} == {"tiny-llama-Q4_0.gguf", "tiny-llama-Q6_K.gguf"}
 
     space.env["PYTHONPATH"] = before

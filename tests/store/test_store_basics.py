@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from store_kit import digest_of, flip, packed
 
+from qbuild.actions.directory import listed, tree
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import StoreError
@@ -125,6 +126,15 @@ def test_slice_is_found_while_its_file_grows_and_after_its_rename(store: Store):
     assert not place.path.exists()
     assert store.read_slice(place, 0, into)  # located before the rename
     assert bytes(into) == data
+
+
+def test_a_damaged_list_of_the_files_of_a_directory_is_told_and_dropped(store: Store):
+    whole = store.put_bytes(tree({"model.safetensors": digest_of(1)[1]}))
+    assert listed(store, whole, "awq") == {"model.safetensors": digest_of(1)[1]}
+    flip(store.blob_path(whole), 40, keep_mtime=True)
+    with pytest.raises(StoreError, match="the list of the files of awq is gone or damaged"):
+        listed(store, whole, "awq")
+    assert not store.has(whole)  # so that it is made again
 
 
 def test_slice_that_went_bad_is_forgotten_and_the_next_place_serves(store: Store):
@@ -269,7 +279,7 @@ def test_distinct_keyspaces(store: Store):
 def test_result_is_served_only_while_its_outputs_are_there(store: Store):
     cache = ActionCache(store)
     whole, slices, _ = packed(store)
-    result = ActionResult("k", (slices[0], whole), 1.5, 7, {"gguf": "1"}, {"a": [1]}, (slices[1],))
+    result = ActionResult("k", (slices[0], whole), 1.5, 7, (slices[1],), (slices[2],))
     cache.put("key", result)
     cache.put("key", result)
     assert cache.get("key") == result

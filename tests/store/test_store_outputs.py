@@ -284,25 +284,26 @@ def clocked(root: Path) -> tuple[Store, list[int]]:
 
 
 def test_gc_keeps_roots(store: Store, tmp_path: Path):
-    """An existing output, a digest that is asked for, and what went into an output stay; the rest goes."""
+    """An existing output, a digest that is asked for, what went into an output, what is told of it; the rest goes."""
     cache = ActionCache(store)
     whole, slices, _data = packed(store)
-    root, meta, deep, useless = (store.put_bytes(text) for text in (b"root", b"meta", b"deep", b"useless"))
+    root, meta, deep, told, useless = map(store.put_bytes, (b"root", b"meta", b"deep", b"told", b"useless"))
     cache.put("file", ActionResult("gguf.file", (whole,), inputs=(meta, slices[0])))
     cache.put("meta", ActionResult("gguf.metadata", (meta,), inputs=(deep,)))
     cache.put("useless", ActionResult("k", (useless,)))
+    cache.put("told", ActionResult("evaluation.result", (told,), about=(whole,)))
     store.link_out(whole, tmp_path / "m.gguf", "copy")
     report = store.gc([root])
     assert [(i.path, i.size) for i in report.items] == [(store.blob_path(useless), 7)]
     assert report.freed > 0
-    assert report.kept == 4000 + 4 + 4 + 4
-    assert all(store.has(d) for d in (whole, root, meta, deep, *slices))
+    assert report.kept == 4000 + 4 + 4 + 4 + 4
+    assert all(store.has(d) for d in (whole, root, meta, deep, told, *slices))
     assert cache.get("file") is not None
     assert cache.get("useless") is None
     assert cache.find("useless") == ActionResult("k", (useless,))  # what was made of it is keyed by it
     (tmp_path / "m.gguf").unlink()  # nobody wants it any more
     store.gc([root])
-    assert [store.has(d) for d in (whole, root, meta, deep)] == [False, True, False, False]
+    assert [store.has(d) for d in (whole, root, meta, deep, told)] == [False, True, False, False, False]
     assert store.outputs() == []
 
 

@@ -1,0 +1,66 @@
+"""Small files of the user's, read as what they were when their digest was taken.
+
+What is made of a file is kept under its digest, and files are edited while a build runs. So nothing opens one by its
+path again: it is read here, whole, and compared.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qbuild.digest import Digest, digest_bytes
+from qbuild.errors import InputError
+
+__all__ = ["InputFile", "changed", "copies"]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    path: Path
+    digest: Digest
+
+    @classmethod
+    def taken(cls, path: Path) -> InputFile:
+        """The file as it is now. Raises InputError where it cannot be read."""
+        return cls(path, digest_bytes(_bytes(path)))
+
+    def read(self) -> bytes:
+        """Its bytes. Raises InputError where they are not those of the digest any more."""
+        data = _bytes(self.path)
+        if digest_bytes(data) != self.digest:
+            raise changed(self.path)
+        return data
+
+
+def changed(path: Path, what: str = "") -> InputError:
+    """The error for a file that is not what it was; ``what``: the part of it that was read."""
+    fact = f"{what} changed after it was hashed".lstrip()
+    return InputError(str(path), fact, "run again when nothing writes it: nothing was made of the new bytes")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read: {error.strerror}", "check the file") from None
+
+
+@contextmanager
+def copies(files: Mapping[str, InputFile], like: Path) -> Iterator[Path]:
+    """A folder with ``files`` by name and nothing else, for libraries that open files themselves. It is called as
+    ``like``, which errors name instead."""
+    with tempfile.TemporaryDirectory(prefix="qbuild-") as scratch:
+        folder = Path(scratch) / like.name
+        folder.mkdir()
+        for name, file in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(file.read())
+        try:
+            yield folder
+        except InputError as error:
+            place, fact, remedy = (text.replace(str(folder), str(like)) for text in error.args)
+            raise InputError(place, fact, remedy) from None
