@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,9 +46,9 @@ def build(config: schema.Config, sink: Sink, since: int | None = None) -> dict[s
     made = _sound_plan(planned, sink)
     with ExitStack() as stack:
         stack.enter_context(made.store.in_use())
-        waited = False
+        waited, waiting = False, partial(sink.message, "info", "waiting for another build that makes the same file")
         for name in sorted(set(_lock_names(made))):
-            waited |= stack.enter_context(_locked(made, name, sink))
+            waited |= stack.enter_context(made.store.lock(name, on_wait=waiting))
         if waited:  # the other build may have made what we wanted
             made = _sound_plan(planned, sink)
         jobs, stage, predicted = Jobs(made, sink), None, made.making
@@ -107,19 +107,6 @@ def _lock_names(made: Plan) -> list[str]:
             params = made.resolved.graph.actions[made.resolved.graph.targets[target.name]].params
             names.append(digest_bytes(repr((identities, params)).encode()).hash)
     return names
-
-
-@contextmanager
-def _locked(made: Plan, name: str, sink: Sink) -> Iterator[bool]:
-    """Hold a lock; yields whether another build held it first."""
-    waits: list[str] = []
-
-    def on_wait() -> None:
-        waits.append(name)
-        sink.message("info", "waiting for another build that makes the same file")
-
-    with made.store.lock(name, on_wait=on_wait):
-        yield bool(waits)
 
 
 class _Build:

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from qbuild.actions import (
     backend,
@@ -34,6 +38,7 @@ from qbuild.graph import Action, Output, Source
 from qbuild.inputs import InputFile
 from qbuild.manifest import action_key
 from qbuild.plan import Judge, Plan, Verdict, check_limits, manifest_parts
+from qbuild.quant.directory import Directory
 from qbuild.running import Jobs
 from qbuild.steps import Step, hashed, missing, rate_name
 from qbuild.vram import CONTEXT
@@ -136,7 +141,7 @@ class Stage:
             todo = [actions[a] for a in self._missing() if actions[a].kind == step.kind]
             if todo:
                 self.seconds[step.kind] = seconds = runners[step.kind](step, todo)
-                if step.work > MEASURABLE:
+                if step.work > MEASURABLE and seconds:
                     name = rate_name(step.kind, self.calibration.device)
                     self.cache.note_rate(name, step.work / seconds / step.threads)
                 self._settle()
@@ -183,6 +188,16 @@ class Stage:
             )
         return key
 
+    def _alone(self, folder: str, key: str, todo: list[Action], run: Callable[[Path, list[Action]], float]) -> float:
+        """``run`` in a folder of its own, which the next build goes on in after a kill. Builds of equal copies of a
+        model have equal keys, and with them one folder: the second waits, and runs what the first has left."""
+        waiting = partial(self.jobs.sink.message, "info", "waiting for another build that makes the same")
+        with self.store.lock(f"{folder} {key}", on_wait=waiting) as waited:
+            if waited:
+                self._settle()
+                todo = [action for action in todo if self.judge.verdicts[action.id].state != "hit"]
+            return run(self.store.root / folder / key[:32], todo) if todo else 0.0
+
     def _note(self, action_id: str, *outputs: Digest) -> None:
         self.made[action_id] = Verdict("hit", "made", self.judge.verdicts[action_id].key, outputs)
 
@@ -215,17 +230,20 @@ class Stage:
     def _statistics(self, step: Step, todo: list[Action]) -> float:
         every = [self.resolved.graph.actions[o.action] for o in self.calibration.statistics]
         keys = {a.params.layer: self._key(a) for a in every}
-        wanted = frozenset(a.params.layer for a in todo)
-        states = self.store.root / "states" / keys[max(wanted)][:32]
-        tokens_, source = self._output(self.calibration.tokens.action), self.judge.checkpoint()
-        task = statistics.Task(source, tokens_, every[0].params, keys, wanted, states, step.spill, step.threads)
-        last = max(wanted) + 1
-        with self.jobs.progress(f"{self.resolved.name}: calibration", last, last, "layers"):
-            done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
-        for layer, digest in done.value.digests.items():
-            self._note(f"statistics:{layer}", digest)
-        self.read_bytes += done.value.read_bytes
-        return done.seconds
+
+        def run(states: Path, todo: list[Action]) -> float:
+            wanted = frozenset(a.params.layer for a in todo)
+            tokens_, source = self._output(self.calibration.tokens.action), self.judge.checkpoint()
+            task = statistics.Task(source, tokens_, every[0].params, keys, wanted, states, step.spill, step.threads)
+            last = max(wanted) + 1
+            with self.jobs.progress(f"{self.resolved.name}: calibration", last, last, "layers"):
+                done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
+            for layer, digest in done.value.digests.items():
+                self._note(f"statistics:{layer}", digest)
+            self.read_bytes += done.value.read_bytes
+            return done.seconds
+
+        return self._alone("states", keys[max(a.params.layer for a in todo)], todo, run)
 
     def _solve(self, step: Step, todo: list[Action]) -> float:
         items = tuple(self._item(action) for action in sorted(todo, key=lambda a: a.params.layer))
@@ -247,20 +265,21 @@ class Stage:
         seconds, wanted = 0.0, {action.id for action in todo}
         chains = {t.tensors: t.name for t in self.resolved.targets if isinstance(t, CalibratedTarget)}
         for chain, name in chains.items():
-            missing_ = [number for number, action in enumerate(chain) if action in wanted]
-            if missing_:
-                seconds += self._chain(step, chain[: missing_[-1] + 1], name)
+            lacking = [self.resolved.graph.actions[action] for action in chain if action in wanted]
+            if lacking:
+                run = partial(self._chain, step, chain[: chain.index(lacking[-1].id) + 1], name)
+                seconds += self._alone("states", self._key(lacking[-1]), lacking, run)
         return seconds
 
-    def _chain(self, step: Step, chain: tuple[str, ...], name: str) -> float:
-        actions = [self.resolved.graph.actions[action] for action in chain]
+    def _chain(self, step: Step, chain: tuple[str, ...], name: str, states: Path, todo: list[Action]) -> float:
+        """The layers of a target up to the last of ``todo``."""
+        actions = [self.resolved.graph.actions[action] for action in chain[: chain.index(todo[-1].id) + 1]]
         layers = self.calibration.model.layers
-        made = [next(iter(self.judge.verdicts[action].outputs), None) for action in chain]
+        made = [next(iter(self.judge.verdicts[action.id].outputs), None) for action in actions]
         items = tuple(
             propagate.Item(a.id, self._key(a), a.params, layers[a.params.rounding.layer].tensors, output)
             for a, output in zip(actions, made, strict=True)
         )
-        states = self.store.root / "states" / items[-1].key[:32]
         tokens_ = self._output(self.calibration.tokens.action)
         task = propagate.Task(self.judge.checkpoint(), tokens_, items, states, step.spill, step.threads)
         with self.jobs.progress(f"{self.resolved.name} → {name}", len(items), len(items), "layers"):
@@ -280,15 +299,18 @@ class Stage:
         return done.seconds
 
     def _sensitivity(self, step: Step, todo: list[Action]) -> float:
-        action, checkpoint = todo[0], self.judge.checkpoint()
+        action = todo[0]
         key, tokens_ = self._key(action), self._output(self.calibration.tokens.action)
-        states = self.store.root / "states" / key[:32]
-        task = sensitivity.Task(key, action.params, checkpoint, tokens_, states, step.threads)
-        layers = 2 * len(self.calibration.model.layers)
-        with self.jobs.progress(f"{self.resolved.name}: {step.label}", layers, layers, "layers"):
-            done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
-        self._note(action.id, done.value)
-        return done.seconds
+
+        def run(states: Path, _todo: list[Action]) -> float:
+            task = sensitivity.Task(key, action.params, self.judge.checkpoint(), tokens_, states, step.threads)
+            layers = 2 * len(self.calibration.model.layers)
+            with self.jobs.progress(f"{self.resolved.name}: {step.label}", layers, layers, "layers"):
+                done = self.jobs.run(step.kind, step.label, task, step.ram, step.vram)
+            self._note(action.id, done.value)
+            return done.seconds
+
+        return self._alone("states", key, todo, run)
 
     def _damages(self, step: Step, todo: list[Action]) -> float:
         by_tensor: dict[str, list[Action]] = {}
@@ -340,57 +362,68 @@ class Stage:
         return seconds
 
     def _directories(self, step: Step, todo: list[Action]) -> float:
-        seconds, wanted = 0.0, {action.id: action for action in todo}
-        for target in self.resolved.targets:
-            if not isinstance(target, CalibratedTarget) or target.action not in wanted:
-                continue
-            if target.directory is None or target.scheme is None:
-                raise RuntimeError(f"BUG: {target.name} is no directory")
-            solved, action = tuple(self._output(a) for a in target.tensors), wanted[target.action]
+        seconds = 0.0
+        for action, target, planned in self._laid_out(todo):
+            if target.scheme is None:
+                raise RuntimeError(f"BUG: {target.name} has no scheme")
+            solved = tuple(self._output(a) for a in target.tensors)
             task = directory.Task(
-                self._key(action),
-                self.judge.checkpoint(),
-                target.directory,
-                self.judge.files(action),
-                target.scheme,
-                solved,
+                key=self._key(action),
+                checkpoint=self.judge.checkpoint(),
+                directory=planned,
+                copies=self.judge.files(action),
+                scheme=target.scheme,
+                solved=solved,
             )
-            title = f"{self.resolved.name} → {target.name}"
-            with self.jobs.progress(title, len(target.directory.files), target.directory.size, "files"):
-                done = self.jobs.run(step.kind, f"writing '{target.name}'", task, step.ram, step.vram)
-            self._note(target.action, done.value.tree)
-            self.read_bytes += done.value.read_bytes
-            self.written_bytes += done.value.written_bytes
-            seconds += done.seconds
+            seconds += self._write(step, f"writing '{target.name}'", target, planned, task)
         return seconds
 
     def _backends(self, step: Step, todo: list[Action]) -> float:
-        seconds, wanted = 0.0, {action.id: action for action in todo}
-        for target in self.resolved.targets:
-            if not isinstance(target, CalibratedTarget) or target.action not in wanted:
-                continue
-            if target.directory is None or target.environment is None:
-                raise RuntimeError(f"BUG: {target.name} is no directory of another library")
-            action = wanted[target.action]
-            params, key = action.params, self._key(action)
-            tokens_ = self._output(self.calibration.tokens.action)
-            task = backend.Task(
-                key,
-                f"targets.{target.name}",
-                self.judge.checkpoint(),
-                target.environment,
-                tokens_,
-                params,
-                target.directory,
-                self.judge.files(action),
-                self.plan.budget.threads,
-            )
-            label = f"{params.backend} '{target.name}'"
-            title = f"{self.resolved.name} → {target.name} by {params.backend} {target.environment.version}"
-            with self.jobs.progress(title, len(target.directory.files), target.directory.size, "files"):
-                done = self.jobs.run(step.kind, label, task, step.ram)
-            self._note(target.action, done.value.tree)
-            self.read_bytes += done.value.read_bytes
-            self.written_bytes += done.value.written_bytes
-            seconds += done.seconds
+        seconds = 0.0
+        for action, target, planned in self._laid_out(todo):
+            run = partial(self._library, step, target, planned)
+            seconds += self._alone("backends", self._key(action), [action], run)
         return seconds
+
+    def _library(
+        self, step: Step, target: CalibratedTarget, planned: Directory, scratch: Path, todo: list[Action]
+    ) -> float:
+        (action,) = todo
+        if target.environment is None:
+            raise RuntimeError(f"BUG: {target.name} has no environment")
+        task = backend.Task(
+            key=self._key(action),
+            place=f"targets.{target.name}",
+            checkpoint=self.judge.checkpoint(),
+            environment=target.environment,
+            tokens=self._output(self.calibration.tokens.action),
+            params=action.params,
+            directory=planned,
+            copies=self.judge.files(action),
+            scratch=scratch,
+            threads=self.plan.budget.threads,
+        )
+        by = f" by {action.params.backend} {target.environment.version}"
+        held = replace(step, vram=0)  # a device's memory is held by the library, in a process of its own
+        return self._write(held, f"{action.params.backend} '{target.name}'", target, planned, task, by)
+
+    def _laid_out(self, todo: list[Action]) -> Iterator[tuple[Action, CalibratedTarget, Directory]]:
+        """The targets that ``todo`` makes, each with what is planned of its directory."""
+        wanted = {action.id: action for action in todo}
+        for target in self.resolved.targets:
+            if isinstance(target, CalibratedTarget) and target.action in wanted:
+                if target.directory is None:
+                    raise RuntimeError(f"BUG: {target.name} is no directory")
+                yield wanted[target.action], target, target.directory
+
+    def _write(
+        self, step: Step, label: str, target: CalibratedTarget, planned: Directory, task: Any, by: str = ""
+    ) -> float:
+        """Run a job that makes a directory."""
+        title = f"{self.resolved.name} → {target.name}{by}"
+        with self.jobs.progress(title, len(planned.files), planned.size, "files"):
+            done = self.jobs.run(step.kind, label, task, step.ram, step.vram)
+        self._note(target.action, done.value.tree)
+        self.read_bytes += done.value.read_bytes
+        self.written_bytes += done.value.written_bytes
+        return done.seconds

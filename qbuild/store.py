@@ -520,12 +520,15 @@ class Store:
     # locks and use ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def lock(self, name: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold the lock called ``name`` against every other thread and process. It dies with its holder."""
+    def lock(self, name: str, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
+        """Hold the lock called ``name`` against every other thread and process. It dies with its holder. Yields
+        whether another held it first."""
         held = self._lock_file(name)
-        held.acquire(on_wait)
+        waited = not held.try_acquire()
+        if waited:
+            held.acquire(on_wait)
         try:
-            yield
+            yield waited
         finally:
             held.release()
 
@@ -538,7 +541,7 @@ class Store:
         self.index.create()
         return FileLock(self.root / "locks" / f"{digest_bytes(name.encode()).hash[:40]}.lock")
 
-    def _blob_lock(self, digest: Digest) -> contextlib.AbstractContextManager[None]:
+    def _blob_lock(self, digest: Digest) -> contextlib.AbstractContextManager[bool]:
         return self.lock(f"blob {digest}")
 
     @contextmanager

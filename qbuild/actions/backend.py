@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from qbuild.backends.environment import Environment
 from qbuild.checkpoint import Checkpoint
@@ -34,7 +35,8 @@ class Params:
 
 @dataclass(frozen=True)
 class Task:
-    """``place``: what an error names; ``copies``: files that go along as they are, by name."""
+    """``place``: what an error names; ``copies``: files that go along as they are, by name;
+    ``scratch``: a folder of the job's own."""
 
     key: str
     place: str
@@ -44,4 +46,5 @@ class Task:
     params: Params
     directory: Directory
     copies: Mapping[str, InputFile]
+    scratch: Path
     threads: int

@@ -24,7 +24,7 @@ CHUNK = 4 << 20
 
 
 def run(task: Task, store: Store, emit: Emit) -> Made:
-    began, scratch = time.monotonic(), store.root / "backends" / task.key[:32]
+    began, scratch = time.monotonic(), task.scratch
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir(parents=True)
     ids = Packed.from_bytes(needed(store, task.tokens)).ids.tolist()

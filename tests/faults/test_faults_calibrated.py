@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -68,3 +69,15 @@ def test_kill_9_of_all_processes_costs_the_layer_or_directory_in_work(space: Any
 def leftovers(store: Path) -> list[Path]:
     """Hidden states of a pass, files that were not finished."""
     return [path for name in ("states", "partial") for path in (store / name).rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+def test_builds_of_equal_copies_run_one_pass_between_them(space: Any, elsewhere: Any) -> None:
+    """Equal bytes have equal keys, and with them one folder of hidden states: the second build waits for the first."""
+    elsewhere.store = space.store
+    both = [one.start(*WORDS, target="target=[imatrix,gptq/w4_g64]") for one in (space, elsewhere)]
+    ended = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    actions = [json.loads(out)["totals"]["actions"] for out, _ in ended]
+    assert sum(made.get("calibration.statistics", 0) for made in actions) == 3
+    assert leftovers(space.store) == []
