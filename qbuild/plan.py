@@ -38,7 +38,7 @@ from qbuild.actions import (
 )
 from qbuild.arch.metadata import check_overrides, quantized_kvs
 from qbuild.budget import Budget, Footprint, Remedy, parse_size, refuse
-from qbuild.cache import ActionCache
+from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import CalibratedTarget
 from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest, digest_bytes
@@ -272,13 +272,20 @@ class Judge:
         key = action_key(manifest_parts(action, digests))
         if action.kind == weights.KIND:
             return Verdict("hit", "known", key, (digest_bytes(key.encode()),))
-        result = self.cache.find(key)
-        if result is None:
-            why = "all again (-B)" if self.cache.since else "no result is stored under its key"
-            return Verdict("run", why, key)
-        if not self.cache.stored(result):
-            return Verdict("run", "its result is no longer stored", key, gone=result.outputs)
-        return Verdict("hit", "stored", key, result.outputs)
+        known = [found for found in (self.cache.find(key), self._fuller(action, digests)) if found is not None]
+        result = next(filter(self.cache.stored, known), None)
+        if result is not None:
+            return Verdict("hit", "stored", key, result.outputs)
+        if known:
+            return Verdict("run", "its result is no longer stored", key, gone=known[0].outputs)
+        return Verdict("run", "all again (-B)" if self.cache.since else "no result is stored under its key", key)
+
+    def _fuller(self, action: Action, digests: list[tuple[str, Digest]]) -> ActionResult | None:
+        """A result that holds more than is asked for: with a Gram matrix its diagonal is kept, the same numbers."""
+        if action.kind != statistics.KIND or action.params.detail != "diagonal":
+            return None
+        whole = replace(action, params=replace(action.params, detail="gram"))
+        return self.cache.find(action_key(manifest_parts(whole, digests)))
 
     def kv_bytes(self, target: FileTarget) -> tuple[int, bool]:
         """Bytes of a file's key-value pairs, and whether that is exact or an estimate."""

@@ -53,6 +53,9 @@ class State(Protocol):
     @property
     def state(self) -> str: ...
 
+    @property
+    def outputs(self) -> tuple[Digest, ...]: ...
+
 
 class Judged(Protocol):
     """What is stored, what is known of the source, and how fast this machine is."""
@@ -344,7 +347,12 @@ class _Planner:
         )
 
     def matrix(self, todo: list[Action]) -> Step:
-        ram = importance.RAM + 2 * max(layer.statistics_bytes(self.calibration.detail) for layer in self.model.layers)
+        made = (self.judge.verdicts[output.action].outputs for output in self.calibration.statistics)
+        planned = (layer.statistics_bytes(self.calibration.detail) for layer in self.model.layers)
+        held = max(
+            *planned, *(digest.size for outputs in made for digest in outputs)
+        )  # made already: Gram matrices too
+        ram = importance.RAM + 2 * held
         size = sum(4 * width for layer in self.model.layers for width in layer.inputs)
         return Step(importance.KIND, "the importance matrix", len(todo), ram, 1.0, size)
 

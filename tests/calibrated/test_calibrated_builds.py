@@ -83,7 +83,11 @@ def test_threads_and_spilled_states_change_no_byte(build: Build, project: Path) 
 
 
 def test_gc_frees_statistics_and_codes_and_what_was_made_of_them_still_counts(build: Build, qbuild: Run) -> None:
+    build("target=awq/w4_g64")
+    alone = build("target=imatrix")  # the diagonals are in the store, within Gram matrices
+    assert actions(alone) == {"calibration.imatrix": 1}
     made = build("target=[awq/w4_g64,imatrix]")
+    assert actions(made) == {}
     qbuild("gc")
     again = build("target=[awq/w4_g64,imatrix]", "keep_going=true")  # another command line: not the null build
     assert actions(again) == {}
@@ -91,6 +95,9 @@ def test_gc_frees_statistics_and_codes_and_what_was_made_of_them_still_counts(bu
 
     other = build("target=awq/w4_g32")
     assert actions(other) == ONCE | {"quant.layer": 3, "checkpoint.directory": 1}
+    elsewhere = build("target=imatrix", "store.dir=elsewhere", "out=there")
+    assert actions(elsewhere) == ONCE | {"calibration.imatrix": 1}
+    assert elsewhere["targets"]["imatrix"]["digest"] == alone["targets"]["imatrix"]["digest"]
 
 
 def test_a_file_with_imatrix_auto_alone_tells_what_it_was_calibrated_on(build: Build, qbuild: Run) -> None:
