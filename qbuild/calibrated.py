@@ -34,6 +34,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, InputError
 from qbuild.graph import Action, Graph, Input, Output, Source
+from qbuild.imatrix import Noted
 from qbuild.quant.directory import Directory, plain_dtype
 from qbuild.quant.directory import directory as plan_directory
 from qbuild.quant.shapes import Scheme
@@ -47,14 +48,19 @@ NATIVE_ONLY = ("scaled", "rounding", "order", "propagate")  # settings of a targ
 
 @dataclass(frozen=True)
 class Limit:
-    """What a fitted file is to hold, before its types are known: damages of ``tensors`` are 0 here."""
+    """What a fitted file is to hold, before its types are known: damages of ``tensors`` are 0 here.
+
+    ``in_bits``: the limit was given as bits a weight; ``noted``: what the file will say of its importance matrix.
+    """
 
     max_bytes: int
     tensors: tuple[fit.Tensor, ...]
+    in_bits: bool
+    noted: Noted | None
 
-    def check(self, kv_bytes: int, place: str) -> None:
-        """Raises BudgetRefused where no types are small enough."""
-        fit.check(self.tensors, kv_bytes, self.max_bytes, place)
+    def check(self, kv_bytes: int, place: str, more: int) -> None:
+        """Raises BudgetRefused where no types are small enough. ``more``: bytes of key-value pairs not known yet."""
+        fit.check(self.tensors, kv_bytes, self.max_bytes, place, in_bits=self.in_bits, more=more)
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,20 @@ def fitted(tensors: Sequence[Tensor], kv_bytes: int, max_bytes: int, place: str)
     return choose([t.choice for t in tensors], max_bytes - _header(tensors, kv_bytes))
 
 
-def check(tensors: Sequence[Tensor], kv_bytes: int, max_bytes: int, place: str) -> None:
-    """Raises BudgetRefused where the smallest file is larger than ``max_bytes``."""
+def check(
+    tensors: Sequence[Tensor], kv_bytes: int, max_bytes: int, place: str, *, in_bits: bool = False, more: int = 0
+) -> None:
+    """Raises BudgetRefused where the smallest file is larger than ``max_bytes``.
+
+    ``in_bits``: the user limits bits a weight; ``more``: bytes that the key-value pairs may take beside ``kv_bytes``.
+    """
     smallest = least(tensors, kv_bytes)
     if smallest > max_bytes:
         fact = f"the smallest file of these types takes {format_size(smallest)}, {format_size(max_bytes)} are allowed"
-        remedy = f"allow {smallest} bytes: {place}.max_size={smallest}, or smaller types: {place}.types"
-        raise BudgetRefused(place, fact, remedy)
+        enough = smallest + more
+        bits = math.ceil(800 * enough / sum(math.prod(t.shape) for t in tensors)) / 100
+        allowing = f"max_bpw={bits:g}" if in_bits else f"max_size={enough}"
+        raise BudgetRefused(place, fact, f"allow more: {place}.{allowing}, or smaller types: {place}.types")
 
 
 def size(choices: Sequence[Choice], types: Mapping[str, str]) -> int:

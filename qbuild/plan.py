@@ -292,10 +292,12 @@ class Judge:
         kvs = self.kvs(target)
         if kvs is not None:
             return sum(len(kv.raw) for kv in kvs), not target.awaits
-        # Vocabulary and merges make nearly all of it; tokenizer.json holds both, with quotes and ids around them.
+        return self.vocabulary() // 2 + 4096, False
+
+    def vocabulary(self) -> int:
+        """Bytes of the tokenizer: it and its merges make nearly all key-value pairs, without quotes and ids."""
         aux = self.resolved.checkpoint.aux
-        tokenizer = next((aux[n].stat().st_size for n in ("tokenizer.json", "tokenizer.model") if n in aux), 2 << 20)
-        return tokenizer // 2 + 4096, False
+        return next((aux[n].stat().st_size for n in ("tokenizer.json", "tokenizer.model") if n in aux), 2 << 20)
 
     def ram_before(self, todo: list[FileTarget], device: str) -> int:
         """What must run before the pass, at its largest."""
@@ -496,8 +498,9 @@ def check_limits(resolved: Resolved, judge: Judge) -> None:
         if isinstance(target, CalibratedTarget) and target.limit is not None:
             made = judge.verdicts["metadata"].outputs
             blob = judge.store.read_bytes(made[0]) if made else None
-            kvs = [] if blob is None else quantized_kvs(metadata.unpack(blob), 0)
-            target.limit.check(sum(len(kv.raw) for kv in kvs), f"targets.{target.name}")
+            kvs = [] if blob is None else quantized_kvs(metadata.unpack(blob), 0, target.limit.noted)
+            more = judge.vocabulary() + 4096 if blob is None else 0
+            target.limit.check(sum(len(kv.raw) for kv in kvs), f"targets.{target.name}", more)
 
 
 def resolve_budget(config: schema.Config, store: Path, out: Path, gpu: machine.Gpu | None) -> Budget:

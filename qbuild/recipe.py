@@ -276,10 +276,19 @@ class _Builder:
         if known is not None:
             return self._fitted(name, target, tuple((spec, known[spec.name]) for spec, _ in offers), chosen.action)
         self.graph.targets[name] = chosen.action
-        limit = Limit(most, tuple(fit.Tensor(s.name, s.shape, dict.fromkeys(t, 0.0)) for s, t in offers))
+        tensors = tuple(fit.Tensor(s.name, s.shape, dict.fromkeys(t, 0.0)) for s, t in offers)
+        limit = Limit(most, tensors, target.max_bpw is not None, self._will_note(target, called))
         actions = tuple(item.action for _, item in damages if isinstance(item, Output))
         file_name = f"{self.name}-{schema.label(target)}.gguf"
         return CalibratedTarget(name, file_name, actions, chosen.action, most, False, weights, {}, limit=limit)
+
+    def _will_note(self, target: schema.FitTarget, called: str | None) -> Noted | None:
+        """What a file will say of its importance matrix, as long as it will be: numbers have one length."""
+        if target.imatrix is None or called is None:
+            return None
+        found = self._read_imatrix(target.imatrix)
+        dataset = Path(self.config.calibration.source).name
+        return noted(found, called) if isinstance(found, Imatrix) else (called, dataset, 1, 1)
 
     def _fitted(
         self, name: str, target: schema.FitTarget, choices: tuple[tuple[TensorSpec, str], ...], chosen: str

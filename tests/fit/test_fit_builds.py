@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -186,13 +187,22 @@ def test_what_cannot_be_fitted_is_refused_before_anything_runs(attempt: Callable
     assert fact in done.error["fact"]
 
 
-def test_a_size_that_is_too_small_is_refused_with_the_least_one(build: Build, attempt: Callable[..., Done]) -> None:
-    build("target=gguf/q4_k_m")  # its metadata is known now: sizes are exact
-    refused = attempt("plan", "target=gguf/fit", "targets.fit.max_size=1MB").error
-    least = int(refused["remedy"].split()[1])
-    assert f"targets.fit.max_size={least}" in refused["remedy"]
-    assert attempt("plan", "target=gguf/fit", f"targets.fit.max_size={least - 1}").code == 3
-    assert attempt("plan", "target=gguf/fit", f"targets.fit.max_size={least}").code == 0
+def test_a_size_that_is_too_small_is_refused_with_one_that_is_enough(
+    build: Build, attempt: Callable[..., Done]
+) -> None:
+    def remedy(given: str) -> str:
+        """The setting that a refusal names, of the kind that was given."""
+        name = given.partition("=")[0]
+        return re.search(rf"{name}=[\d.]+", attempt("plan", "target=gguf/fit", given).error["remedy"])[0]
+
+    guessed = remedy("targets.fit.max_size=900KB"), remedy("targets.fit.max_bpw=1")  # the vocabulary is not known yet
+    build("target=gguf/bf16")
+    known = remedy("targets.fit.max_size=900KB"), remedy("targets.fit.max_bpw=1")  # sizes are exact
+    for setting in (*guessed, *known):
+        assert attempt("plan", "target=gguf/fit", setting).code == 0
+    least, bits = (setting.partition("=")[2] for setting in known)
+    assert attempt("plan", "target=gguf/fit", f"targets.fit.max_bpw={float(bits) - 0.01}").code == 3
+    assert attempt("plan", "target=gguf/fit", f"targets.fit.max_size={int(least) - 1}").code == 3
 
 
 def test_a_gguf_file_cannot_be_fitted(qbuild: Run, build: Build) -> None:
