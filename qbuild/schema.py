@@ -45,6 +45,7 @@ __all__ = [
     "close",
     "keys",
     "label",
+    "nearest",
     "parse",
     "sections",
 ]
@@ -56,10 +57,15 @@ Check = Callable[[Any, str], None]
 def close(wrong: str, choices: Iterable[str]) -> str:
     """A remedy: the names most like ``wrong``, then all of them."""
     names = list(choices)
-    folded = {name.lower(): name for name in names}
-    near = [folded[n] for n in difflib.get_close_matches(wrong.lower(), folded, 3, 0.6)]
+    near = nearest(wrong, names)
     listed = f"choices: {', '.join(names)}"
     return f"did you mean {' or '.join(near)}?\n{listed}" if near else listed
+
+
+def nearest(wrong: str, names: Iterable[str]) -> list[str]:
+    """Up to three names that ``wrong`` may stand for."""
+    folded = {name.lower(): name for name in names}
+    return [folded[name] for name in difflib.get_close_matches(wrong.lower(), folded, 3, 0.6)]
 
 
 def one_of(*choices: str, what: str = "a choice") -> dict[str, Any]:
@@ -167,6 +173,12 @@ def _words(value: Any, place: str) -> None:
         raise ConfigError(place, f"{value!r} cannot be told apart into words: {error}", "close the quotation") from None
 
 
+def _trust(value: Any, place: str) -> None:
+    if value:
+        fact = "code that comes with a checkpoint is never run"
+        raise ConfigError(place, fact, "leave it out; docs/families.md lists the models that need none")
+
+
 SIZE, COUNT = {"check": _size}, {"check": _count}
 TENSOR_TYPE = one_of(*QTYPES, what="a tensor type")
 NATIVE = "native"  # quantized by qbuild itself
@@ -180,7 +192,7 @@ class Model:
     source: str | None = None  # directory of safetensors, Hub id, FILE.gguf, or pkg://package/file
     name: str | None = field(default=None, metadata={"check": _file_part})  # in file names; null: the source's own
     revision: str | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: bool = field(default=False, metadata={"check": _trust})  # true is an error
     allow_requantize: bool = False  # accept a source that is quantized already
     outtype: str = field(default="auto", metadata=one_of("auto", "F32", "F16", "BF16", what="a converter type"))
     config: dict[str, Any] | None = None
@@ -370,7 +382,7 @@ def label(target: Target) -> str:
         case Target(suffix=str(given)):
             return given
         case GgufTarget():
-            return target.ftype
+            return f"{target.ftype}-pruned" if target.prune_layers else target.ftype
         case FitTarget():
             return f"FIT-{target.max_bpw:g}bpw" if target.max_bpw else f"FIT-{target.max_size}".replace(" ", "")
         case AwqTarget():

@@ -700,6 +700,8 @@ class Store:
             rows = db.execute("SELECT id, partial, blob, last_used FROM files ORDER BY blob IS NULL, last_used DESC")
             files = {self._file_path(p, b): (i, b, used) for i, p, b, used in rows.fetchall()}
             slices = db.execute("SELECT file, digest FROM slices").fetchall()
+            results = db.execute("SELECT kind, outputs FROM results").fetchall()
+        kinds = {output: kind for kind, outputs in results for output in json.loads(outputs)}
         keep = _files_to_keep(files, slices, needed)
         kept, droppable, temporary = 0, [], []
         for path, found in self._walk("blobs/??/*") + self._walk("partial/*"):
@@ -710,7 +712,8 @@ class Store:
             elif path in keep or (not partial and f"{path.name}/{found.st_size}" in needed) or self._written(path):
                 kept += found.st_size
             else:
-                why = "an unfinished file" if partial else "no output needs it"
+                kind = kinds.get(f"{path.name}/{found.st_size}", "nothing known")
+                why = "an unfinished file" if partial else f"{kind}, no output needs it"
                 frees = found.st_blocks * 512 if found.st_nlink == 1 else 0
                 droppable.append(GcItem(path, found.st_size, frees, used, why))
         chosen, kept = choose([*droppable, *self._scratch()], kept, limit)

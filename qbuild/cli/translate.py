@@ -73,13 +73,13 @@ def _composition(error: Exception, overrides: list[str]) -> ConfigError:
     where = f"{file[1]}.yaml: " if file else ""
     key = re.search(r"full_key: (\S+)", text)
     if (found := re.search(r"Could not override '([^']+)'", text)) is not None:
-        return _unknown(found[1], next((o for o in overrides if o.startswith(f"{found[1]}=")), found[1]))
+        return _unknown(found[1], next((o for o in overrides if o.startswith(f"{found[1]}=")), found[1]), overrides)
     if (found := re.search(r"Ambiguous value for argument '([^']+)'", text)) is not None:
         name, _, values = found[1].partition("=")
         remedy = f"as a list: '{name}=[{values}]'\nas a sweep, one build each: -m {found[1]}"
         return ConfigError(found[1], "several values for one setting", remedy)
     if key is not None and re.search(r"Key '[^']+' (not in|is not in struct)", text):
-        return _unknown(key[1], where + key[1])
+        return _unknown(key[1], where + key[1], overrides)
     if (found := re.search(r"is not a subclass of (\w+)", text)) is not None:
         section = next((s for s, node in schema.sections().items() if node.__name__ == found[1]), "configuration")
         names = ", ".join(f"{section}.{name}" for name in schema.keys(schema.sections().get(section, schema.Config)))
@@ -91,19 +91,34 @@ def _composition(error: Exception, overrides: list[str]) -> ConfigError:
     return ConfigError(where + (key[1] if key else "configuration"), fact[:1].lower() + fact[1:], rest)
 
 
-def _unknown(key: str, place: str) -> ConfigError:
+def _unknown(key: str, place: str, overrides: list[str]) -> ConfigError:
     """A key that does not exist: the keys at the level where it goes wrong."""
     head, _, rest = key.partition(".")
     sections = schema.sections()
+    every = dict.fromkeys(key for format_ in schema.FORMATS.values() for key in schema.keys(format_))
     if head == "recipe":
         remedy = f"a recipe is added with a plus: +{place}"
     elif head == "targets":
         name, _, wrong = rest.partition(".")
-        every = dict.fromkeys(key for format_ in schema.FORMATS.values() for key in schema.keys(format_))
-        known = schema.close(wrong, every)
-        remedy = f"{known}\nand targets.{name} is there only once target=… has chosen it"
+        chosen = _chosen(overrides)
+        if chosen and name not in chosen:
+            meant = [one for one in chosen if one.endswith(f"_{name}")] or schema.nearest(name, chosen) or chosen
+            fact = f"no target is called {name!r}"
+            return ConfigError(place, fact, f"did you mean {' or '.join(f'targets.{one}.{wrong}' for one in meant)}?")
+        remedy = f"{schema.close(wrong, every)}\nand targets.{name} is there only once target=… has chosen it"
+    elif head in every and head not in schema.keys(schema.Config):
+        value = place.partition("=")[2] or "…"
+        names = _chosen(overrides) or ["NAME"]
+        remedy = f"it is a setting of a target: {' or '.join(f'targets.{name}.{key}={value}' for name in names)}"
     elif rest and head in sections:
         remedy = schema.close(rest, schema.keys(sections[head]))
     else:
         remedy = schema.close(head, [*schema.keys(schema.Config), "target"])
     return ConfigError(place, "there is no such key", remedy)
+
+
+def _chosen(overrides: list[str]) -> list[str]:
+    """Names of the targets that a command line chooses: ``gguf/q4_k_m`` is q4_k_m, ``awq/w4_g128`` awq_w4_g128."""
+    values = (override.partition("=")[2] for override in overrides if override.startswith("target="))
+    found = (choice for value in values for choice in re.findall(r"[\w./-]+", value))
+    return list(dict.fromkeys(choice.removeprefix("gguf/").replace("/", "_") for choice in found))

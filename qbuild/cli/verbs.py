@@ -164,5 +164,5 @@ VERBS: dict[str, Verb] = {
     "verify": Verb(verify, "hash the store and the outputs again; damage is dropped and rebuilt"),
     "graph": Verb(graph, "the graph as a tree, or graph.format=dot|mermaid"),
     "gc": Verb(gc, "free what no output needs; -n only says what"),
-    "report": Verb(report, "a page, a model card and JSON of what past builds made, beside their build.json"),
+    "report": Verb(report, "a page, a model card and JSON of the last build in each folder, beside its build.json"),
 }

@@ -153,10 +153,15 @@ def test_a_mistake_in_a_file_is_an_error_with_a_way_out(project: Path, qbuild: R
         ("=3", ""),
         ("out=${nope}", ""),
         ('backend.pip="--find-links=\'x"', "quotation"),
+        ("target=awq/w4_g128 targets.w4_g128.group_size=64", "did you mean targets.awq_w4_g128.group_size?"),
+        ("target=[gguf/q4_k_m,gptq/w4_g64] targets.q4_km.pure=true", "did you mean targets.q4_k_m.pure?"),
+        ("target=gguf/q8_0 max_shard_size=5GB", "it is a setting of a target: targets.q8_0.max_shard_size=5GB"),
+        ("pure=true", "it is a setting of a target: targets.NAME.pure=true"),
+        ("model.trust_remote_code=true", "docs/families.md"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_an_error_with_a_way_out(qbuild: Run, override: str, hint: str) -> None:
-    done = qbuild("plan", override, "format=json")
+    done = qbuild("plan", *override.split(), "format=json")
     assert done.code == done.error["exit_code"] == 2
     assert done.error["fact"]
     assert hint in done.error["remedy"]

@@ -100,7 +100,8 @@ def test_shards_are_a_source_like_the_file_they_were_cut_from() -> None:
 
 def test_pruning_computes_nothing_that_the_whole_file_has() -> None:
     build({"q8_0": {"ftype": "Q8_0"}})
-    made = build({"q8_0": {"ftype": "Q8_0", "prune_layers": [1], "suffix": "two"}})
+    made = build({"q8_0": {"ftype": "Q8_0", "prune_layers": [1]}})
+    assert made.targets["q8_0"].path.name.endswith("-Q8_0-pruned.gguf")  # the whole file stays
     assert made.targets["q8_0"].verdicts == {"hit": 20}
     assert len(read_header(made.targets["q8_0"].path).tensors) == 20
 

@@ -294,7 +294,7 @@ def test_gc_keeps_roots(store: Store, tmp_path: Path):
     cache.put("told", ActionResult("evaluation.result", (told,), about=(whole,)))
     store.link_out(whole, tmp_path / "m.gguf", "copy")
     report = store.gc([root])
-    assert [(i.path, i.size) for i in report.items] == [(store.blob_path(useless), 7)]
+    assert [(i.path, i.size, i.why) for i in report.items] == [(store.blob_path(useless), 7, "k, no output needs it")]
     assert report.freed > 0
     assert report.kept == 4000 + 4 + 4 + 4 + 4
     assert all(store.has(d) for d in (whole, root, meta, deep, told, *slices))
