@@ -165,14 +165,12 @@ def kernels_of(resolved: Resolved, todo: Sequence[FileTarget], device: str) -> w
     """The kernels that making these files needs."""
     actions = [resolved.graph.actions[action] for t in todo for action in t.tensors]
     types = {a.params.type for a in actions if not stream.on_gpu(a.params.type, device)}
-    dtypes = {t.dtype for t in resolved.checkpoint.tensors.values()}
-    stored = {spec.stored for t in todo for spec, _ in t.choices}
     there = {
         warm.OnGpu(a.params.type, tensor.held_as(a.params), any(role == "imatrix" for role, _ in a.inputs))
         for a in actions
         if stream.on_gpu(a.params.type, device)
     }
-    return warm.Task(tuple(sorted(types)), tuple(sorted(dtypes | stored)), tuple(sorted(there)))
+    return warm.Task(tuple(sorted(types)), tuple(sorted(there)))
 
 
 def choose_strategy(

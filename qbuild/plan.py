@@ -141,6 +141,7 @@ class Plan:
     read_bytes: int
     seconds: float  # estimated, by this machine's own rates once it has built something
     since: int  # results that were stored before do not count
+    kernels: tuple[str, ...]  # types that this machine has no kernels of yet: the time to compile them is not counted
     files: Mapping[str, InputFile]  # small files by path, as they were when the verdicts were given
 
     @property
@@ -155,6 +156,7 @@ class Plan:
             "budget": asdict(self.budget),
             "predicted": asdict(self.footprint) | {"read_bytes": self.read_bytes, "seconds": self.seconds},
             "strategy": asdict(self.strategy),
+            "to_compile": list(self.kernels),
             "steps": [asdict(step) for step in (*self.steps, *self.gguf_pass, *self.after)],
             "targets": {t.name: t.to_json() for t in self.targets},
         }
@@ -303,8 +305,8 @@ class Judge:
         """What must run before the pass, at its largest."""
         verdict = self.verdicts.get("metadata")
         reading = 0 if verdict is None or verdict.outputs else metadata.ram(self.resolved.checkpoint.aux)
-        kernels = kernels_of(self.resolved, todo, device)
-        return max(reading, 0 if warm.is_done(kernels) else warm.ram(kernels))
+        kernels = warm.left(kernels_of(self.resolved, todo, device))
+        return max(reading, warm.ram(kernels) if kernels.names else 0)
 
     def learn(self, sources: Mapping[tuple[str, int], Digest]) -> None:
         """Digests that a pass took, by file and offset: they hold for what it made, whatever the files are now."""
@@ -426,8 +428,17 @@ def make(config: schema.Config, *, fetch: bool, began: int = NEVER) -> Plan:
         read,
         seconds,
         judge.cache.since,
+        _to_compile(judge, [wanted.target for wanted in todo], strategy.device),
         judge.small,
     )
+
+
+def _to_compile(judge: Judge, files: list[FileTarget], device: str) -> tuple[str, ...]:
+    """Types whose kernels the files, or damages that are still to be measured, will need first."""
+    actions = judge.resolved.graph.actions.values()
+    types = {a.params.made.type for a in actions if a.kind == damage.KIND and judge.verdicts[a.id].state != "hit"}
+    asked = kernels_of(judge.resolved, files, device)
+    return warm.left(replace(asked, measured=tuple(types))).names
 
 
 def _peaks(steps: Collection[Step]) -> Footprint:

@@ -55,7 +55,11 @@ def plan(document: Document) -> str:
     rows.append(["disk", format_size(needs["disk"]), format_size(budget["disk"])])
     rows.append(["threads", str(document["strategy"]["threads"]), str(budget["threads"])])
     time = f", about {duration(needs['seconds'])}" if needs["seconds"] is not None else ""
-    return _text([*lines, *table(rows), "", f"reads {format_size(needs['read_bytes'])}{time}"])
+    lines += [*table(rows), "", f"reads {format_size(needs['read_bytes'])}{time}"]
+    if document["to_compile"]:
+        kernels = ", ".join(document["to_compile"])
+        lines += textwrap.wrap(f"and some 10 s a kernel that this machine has not compiled yet: {kernels}", WIDTH)
+    return _text(lines)
 
 
 def _steps(steps: Sequence[Document]) -> list[str]:

@@ -85,12 +85,11 @@ def read_metadata(made: Plan, jobs: Jobs, judge: Judge) -> Verdict:
 
 def compile_kernels(jobs: Jobs, task: warm.Task) -> None:
     """Compile what has not been compiled on this machine, in a process of its own."""
-    if not warm.is_done(task):
-        types = sorted({*task.types, *(kernel.type for kernel in task.on_gpu)})
-        jobs.sink.message("info", f"compiling kernels for {', '.join(types)} (once per machine)")
-        held = CONTEXT + warm.VRAM if task.on_gpu else 0
-        jobs.run("kernels.warm", "compiling kernels", task, warm.ram(task), held)
-        warm.note(task)
+    todo = warm.left(task)
+    if todo.names:
+        jobs.sink.message("info", f"compiling kernels for {', '.join(todo.names)} (once per machine)")
+        held = CONTEXT + warm.VRAM if todo.on_gpu else 0
+        jobs.run("kernels.warm", "compiling kernels", todo, warm.ram(todo), held)
 
 
 class Stage:
@@ -318,8 +317,7 @@ class Stage:
             by_tensor.setdefault(action.id.partition(":")[0], []).append(action)
         items = tuple(self._measured(name, actions) for name, actions in by_tensor.items())
         types = tuple(sorted({action.params.made.type for action in todo}))
-        dtypes = {action.params.made.dtype for action in todo} | {action.params.made.stored for action in todo}
-        compile_kernels(self.jobs, warm.Task(types, tuple(sorted(dtypes | {"F32"})), measured=True))
+        compile_kernels(self.jobs, warm.Task((*types, "F32"), measured=types))
         curvature = self._output(self.calibration.sensitivity.action)
         task = damage.Task(self.resolved.checkpoint.files, items, curvature, step.threads)
         nbytes = sum(piece.nbytes for item in items for piece in item.pieces)

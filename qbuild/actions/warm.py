@@ -38,10 +38,17 @@ class OnGpu(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    types: tuple[str, ...]
-    dtypes: tuple[str, ...]
+    """``types`` to encode, on the CPU, from any dtype; ``measured``: those that are read again, and compared with the
+    source."""
+
+    types: tuple[str, ...] = ()
     on_gpu: tuple[OnGpu, ...] = ()
-    measured: bool = False  # what they make is read again, and compared with the source
+    measured: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The types, each once; none: there is nothing to compile."""
+        return tuple(sorted({*self.types, *self.measured, *(kernel.type for kernel in self.on_gpu)}))
 
 
 def ram(task: Task) -> int:
@@ -49,26 +56,39 @@ def ram(task: Task) -> int:
     return RAM_CUDA if task.on_gpu else RAM
 
 
-def stamp(task: Task) -> str:
-    """Names a compilation: what numba's disk cache depends on, without loading numba."""
-    folder = Path(kernels.__file__).parent
-    stats = [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*.py"))]
-    gpu = (version("triton"), *(g.name for g in machine.gpus()[:1])) if task.on_gpu else ()
-    text = repr((task, stats, str(folder), version("numba"), platform.python_version(), _cpu(), gpu))
-    return digest_bytes(text.encode()).hash
+def left(task: Task) -> Task:
+    """What of a task was not compiled on this machine yet."""
+    done = _Done()
+    return Task(
+        tuple(name for name in task.types if ("encode", name) not in done),
+        tuple(kernel for kernel in task.on_gpu if ("gpu", *kernel) not in done),
+        tuple(name for name in task.measured if ("measure", name) not in done),
+    )
 
 
-def is_done(task: Task) -> bool:
-    """Whether these kernels were compiled on this machine."""
-    return (machine.cache_dir() / "kernels" / stamp(task)).exists()
+class _Done:
+    """Which kernels were compiled, by an empty file for each: named after what numba's disk cache depends on, without
+    loading numba."""
 
+    def __init__(self) -> None:
+        folder = Path(kernels.__file__).parent
+        stats = [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*.py"))]
+        self._under = repr((stats, str(folder), version("numba"), platform.python_version(), _cpu()))
 
-def note(task: Task) -> None:
-    """Remember that they were; a cache folder that cannot be written costs half a second a build."""
-    path = machine.cache_dir() / "kernels" / stamp(task)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    def __contains__(self, kernel: tuple[Any, ...]) -> bool:
+        return self._stamp(kernel).exists()
+
+    def add(self, kernel: tuple[Any, ...]) -> None:
+        """At once, so that a build that is interrupted has lost the one kernel that it was at. A cache folder that
+        cannot be written costs half a second a build."""
+        path = self._stamp(kernel)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    def _stamp(self, kernel: tuple[Any, ...]) -> Path:
+        gpu = (version("triton"), *(g.name for g in machine.gpus()[:1])) if kernel[0] == "gpu" else ()
+        return machine.cache_dir() / "kernels" / digest_bytes(repr((kernel, self._under, gpu)).encode()).hash
 
 
 def _cpu() -> str:
@@ -80,14 +100,18 @@ def _cpu() -> str:
 
 
 def run(task: Task) -> None:
-    for dtype in task.dtypes:
-        kernels.warm(task.types, dtype)
-    if task.measured:
-        kernels.warm_losses(task.types)
+    done = _Done()
+    for name in task.types:
+        kernels.warm([name], "F16" if name == "BF16" else "BF16")  # one kernel serves every dtype but its own
+        done.add(("encode", name))
+    for name in task.measured:
+        kernels.warm_losses([name])
+        done.add(("measure", name))
     if task.on_gpu:
         encode = import_module("qbuild.kernels.gpu.encode")
         for kernel in task.on_gpu:
             _compare(encode, kernel)
+            done.add(("gpu", *kernel))
 
 
 def _compare(encode: Any, kernel: OnGpu) -> None:

@@ -35,6 +35,7 @@ def planned(*targets: dict[str, Any], steps: tuple[dict[str, Any], ...] = (step(
         "budget": {"ram": 16 << 30, "vram": 0, "disk": 80 << 30, "threads": 8},
         "predicted": {"ram": 400 << 20, "vram": 0, "disk": 4 << 30, "read_bytes": 12 << 30, "seconds": 58.0},
         "strategy": {"chunk_bytes": 1 << 23, "threads": 8},
+        "to_compile": [],
         "steps": list(steps),
         "targets": {t["name"]: t for t in targets},
     }
@@ -47,6 +48,8 @@ def test_a_plan_says_sizes_needs_and_time() -> None:
     assert "Q4_K 3.0 GiB in 193, Q6_K 900.0 MiB in 33, F32 1.0 MiB in 65" in text
     assert "reads 12.0 GiB, about 58 s" in text
     assert text.isascii()
+    cold = render.plan(planned(target("q4_k_m")) | {"to_compile": ["Q4_K", "Q6_K"]})
+    assert cold.endswith("and some 10 s a kernel that this machine has not compiled yet: Q4_K, Q6_K\n")
 
 
 def test_a_plan_with_nothing_to_do_says_so() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
+from qbuild import kernels
+from qbuild.actions import warm
 from qbuild.budget import Remedy, format_size, parse_size, refuse
 from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import ConfigError
@@ -135,3 +138,18 @@ def test_a_refusal_names_place_fact_and_overrides_to_paste() -> None:
         "refused: pass 'q4' needs 3.0 GiB of RAM, the budget is 1.0 GiB\n"
         "  fewer threads:  512.0 MiB  → budget.threads=1"
     )
+
+
+def test_a_compilation_that_is_interrupted_keeps_the_kernels_that_were_done(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(types: list[str], _dtype: str) -> None:
+        if types == ["Q6_K"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "warm", stopped)
+    task = warm.Task(("F32", "Q4_K", "Q6_K", "Q8_0"), measured=("Q4_K",))
+    with pytest.raises(KeyboardInterrupt):
+        warm.run(task)
+    assert warm.left(task) == warm.Task(("Q6_K", "Q8_0"), measured=("Q4_K",))
+    assert warm.left(warm.Task(("Q4_K",))).names == ()

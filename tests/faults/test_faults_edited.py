@@ -33,12 +33,13 @@ def build(qbuild: Run, folder: Path, *words: str) -> Done:
 
 
 def edit(path: Path) -> None:
-    """A weight of the first layer, the last number of a matrix, one more line of anything else."""
+    """Weights of the first layer and of the last norm, the last number of a matrix, a line more of anything else."""
     data = bytearray(path.read_bytes())
     if path.suffix == ".safetensors":
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
-        data[8 + length + header["model.layers.0.mlp.up_proj.weight"]["data_offsets"][0]] ^= 1
+        for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+            data[8 + length + header[name]["data_offsets"][0]] ^= 1
     elif path.suffix == ".gguf":
         data[-1] ^= 1
     else:
