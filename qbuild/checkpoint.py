@@ -32,12 +32,14 @@ __all__ = [
     "Reader",
     "SourceFile",
     "SourceTensor",
+    "Stored",
     "gguf_parts",
     "open_gguf",
     "open_path",
     "package_file",
     "safetensors",
     "shapes",
+    "stored",
 ]
 
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -263,6 +265,39 @@ def parse_header(place: str, text: bytes) -> Any:
         return json.loads(text, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         raise InputError(place, f"its header is not JSON: {error}", "fetch it again: the file is damaged") from None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a safetensors file, of any dtype; a checkpoint has those only that can be quantized."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self) -> bytearray:
+        """All of its bytes."""
+        return next(self.chunks(max(1, self.nbytes)), bytearray())
+
+    def chunks(self, nbytes: int) -> Iterator[bytearray]:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            for at in range(0, self.nbytes, nbytes):
+                data = bytearray(min(nbytes, self.nbytes - at))
+                if file.readinto(data) < len(data):
+                    raise InputError(str(self.path), "ends before its last tensor", "build it again")
+                yield data
+
+
+def stored(path: Path) -> Iterator[tuple[str, Stored]]:
+    """The tensors of a safetensors file that a quantizer wrote, by name."""
+    start, header = _local_header(path)
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            yield name, Stored(path, entry["dtype"], tuple(entry["shape"]), start + first, last - first)
 
 
 def _local_header(path: Path) -> tuple[int, Any]:

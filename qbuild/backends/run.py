@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qbuild.backends.environment import Environment, variables
+from qbuild.checkpoint import stored
 from qbuild.errors import ActionFailed, ConfigError, InputError
 from qbuild.quant.directory import DERIVED, Directory, Item
 from qbuild.quant.shapes import Scheme, scheme_of
@@ -100,21 +101,12 @@ def _failed(backend: str, code: int, log: str) -> ActionFailed:
     return ActionFailed(f"backend {backend}", "\n  ".join([f"{how}:", *said]), WITHOUT)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
 class Output:
     """The directory that a library wrote, and its tensors by name: ``get`` of ``quant.directory.write``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tensors = {n: entry for path in sorted(folder.glob("*.safetensors")) for n, entry in _header(path)}
+        self.tensors = {n: entry for path in sorted(folder.glob("*.safetensors")) for n, entry in stored(path)}
 
     def check(self, scheme: Scheme, planned: Directory, place: str) -> None:
         """ActionFailed unless it holds what was planned: its config describes ``scheme``, and its tensors have the
@@ -142,28 +134,11 @@ class Output:
         if beside:
             raise wrong(f"has a tensor {beside[0]} that no loader would know")
 
-    def __call__(self, item: Item) -> Mapping[str, Iterator[bytes]]:
+    def __call__(self, item: Item) -> Mapping[str, Iterator[bytearray]]:
         """The bytes of each tensor of an item, in chunks."""
-        return {tensor.name: _chunks(self.tensors[tensor.name]) for tensor in item.tensors}
+        return {tensor.name: self.tensors[tensor.name].chunks(CHUNK) for tensor in item.tensors}
 
 
 def _implied(name: str) -> bool:
     """Tensors that say nothing new: a tied head, and what every loader computes."""
     return name == "lm_head.weight" or name.endswith(DERIVED)
-
-
-def _header(path: Path) -> Iterator[tuple[str, _Entry]]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, stop = (8 + length + offset for offset in entry["data_offsets"])
-            yield name, _Entry(path, entry["dtype"], tuple(entry["shape"]), start, stop)
-
-
-def _chunks(entry: _Entry) -> Iterator[bytes]:
-    with entry.path.open("rb") as file:
-        file.seek(entry.start)
-        for at in range(entry.start, entry.stop, CHUNK):
-            yield file.read(min(CHUNK, entry.stop - at))

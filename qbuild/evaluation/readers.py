@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,8 +13,7 @@ import torch
 from qbuild import kernels
 from qbuild.arch.convert import TensorSpec, Transform
 from qbuild.calibration.weights import Read
-from qbuild.checkpoint import Checkpoint, Reader
-from qbuild.errors import InputError
+from qbuild.checkpoint import Checkpoint, Reader, Stored, stored
 from qbuild.ggml import QTYPES
 from qbuild.quant.packing import unpack
 from qbuild.quant.shapes import Scheme
@@ -50,45 +48,20 @@ def safetensors(checkpoint: Checkpoint, reader: Reader) -> Tensors:
 def packed(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> Tensors:
     """The tensors of safetensors files of quantized linears, ``shapes`` those of their source: the quantized ones as
     float32, the others as they are stored."""
-    stored = {name: entry for path in files for name, entry in _header(path)}
+    entries = {name: entry for path in files for name, entry in stored(path)}
 
     def read(name: str) -> torch.Tensor:
-        if name in stored:
-            return stored[name].read()
+        if name in entries:
+            return _tensor(entries[name])
         linear = name.removesuffix(".weight")
-        parts = {part: entry.read() for part, entry in stored.items() if part.startswith(f"{linear}.")}
+        parts = {part: _tensor(entry) for part, entry in entries.items() if part.startswith(f"{linear}.")}
         return unpack(scheme, linear, parts, *shapes[name]).dequantize()
 
     return Tensors(tuple(shapes), read)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor of a safetensors file of any dtype; ``checkpoint`` opens those only that can be quantized."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    def read(self) -> torch.Tensor:
-        data = bytearray(self.stop - self.start)
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            if file.readinto(data) < len(data):
-                raise InputError(str(self.path), "ends before its last tensor", "build it again")
-        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
-
-
-def _header(path: Path) -> Iterator[tuple[str, _Entry]]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, stop = (8 + length + offset for offset in entry["data_offsets"])
-            yield name, _Entry(path, entry["dtype"], tuple(entry["shape"]), start, stop)
+def _tensor(entry: Stored) -> torch.Tensor:
+    return torch.frombuffer(entry.read(), dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
 @dataclass(frozen=True)
