@@ -199,7 +199,16 @@ class Calibration:
         values = sum(width for layer in self.model.layers for width in layer.inputs)
         types = {"F32": (2 * len(self.specs), 4 * values)}
         file_name = f"{model}-{schema.label(target)}.gguf"
-        return CalibratedTarget(name, file_name, made, self.matrix.action, 4 * values, False, self.model.weights, types)
+        return CalibratedTarget(
+            name=name,
+            file_name=file_name,
+            tensors=made,
+            action=self.matrix.action,
+            nbytes=4 * values,
+            exact=False,
+            weights=self.model.weights,
+            types=types,
+        )
 
     def _directory(self, name: str, target: schema.DirectoryTarget, folder: str) -> CalibratedTarget:
         place = f"targets.{name}"
@@ -216,17 +225,17 @@ class Calibration:
         copies = sum(path.stat().st_size for path in planned.copies.values())
         size, types = planned.size + copies, _types(planned, scheme)
         return CalibratedTarget(
-            name,
-            folder,
-            parts or (made.action,),
-            made.action,
-            size,
-            True,
-            self.model.weights,
-            types,
-            planned,
-            scheme,
-            library,
+            name=name,
+            file_name=folder,
+            tensors=parts or (made.action,),
+            action=made.action,
+            nbytes=size,
+            exact=True,
+            weights=self.model.weights,
+            types=types,
+            directory=planned,
+            scheme=scheme,
+            environment=library,
         )
 
     def _native(

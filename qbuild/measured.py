@@ -40,13 +40,13 @@ def measure(made: Plan, jobs: Jobs) -> dict[str, Any] | None:
         targets = tuple(_target(made, name, action) for name, action in todo.items())
         params = made.resolved.graph.actions[asked.states].params
         task = evaluation.Task(
-            made.resolved.checkpoint,
-            made.verdicts[asked.tokens].outputs[0],
-            params,
-            states.outputs[0] if states.state == "hit" else None,
-            _key(made, asked.states),
-            targets,
-            made.budget.threads,
+            checkpoint=made.resolved.checkpoint,
+            tokens=made.verdicts[asked.tokens].outputs[0],
+            params=params,
+            states=states.outputs[0] if states.state == "hit" else None,
+            key=_key(made, asked.states),
+            targets=targets,
+            threads=made.budget.threads,
         )
         step = next(step for step in made.after if step.kind == evaluation.RESULT)
         count = len(targets) + 1

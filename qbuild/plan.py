@@ -414,22 +414,22 @@ def make(config: schema.Config, *, fetch: bool, began: int = NEVER) -> Plan:
     footprint = replace(_peaks(every), disk=disk)
     read, seconds = sum(s.read for s in every), sum(s.seconds for s in every)
     return Plan(
-        resolved,
-        store,
-        budget,
-        out,
-        verdicts,
-        targets,
-        strategy,
-        ahead,
-        passing,
-        after,
-        footprint,
-        read,
-        seconds,
-        judge.cache.since,
-        _to_compile(judge, [wanted.target for wanted in todo], strategy.device),
-        judge.small,
+        resolved=resolved,
+        store=store,
+        budget=budget,
+        out=out,
+        verdicts=verdicts,
+        targets=targets,
+        strategy=strategy,
+        steps=ahead,
+        gguf_pass=passing,
+        after=after,
+        footprint=footprint,
+        read_bytes=read,
+        seconds=seconds,
+        since=judge.cache.since,
+        kernels=_to_compile(judge, [wanted.target for wanted in todo], strategy.device),
+        files=judge.small,
     )
 
 
@@ -469,7 +469,7 @@ def _gguf_pass(
             found.append((judge.seconds(files, read, size, strategy), strategy, needs))
     seconds, strategy, needs = min(found, key=lambda item: item[0])
     step = Step(
-        "gguf.pass", "writing GGUF files", len(todo), needs.ram - PARENT_RAM, seconds, size,
+        "gguf.pass", "writing GGUF files", count=len(todo), ram=needs.ram - PARENT_RAM, seconds=seconds, disk=size,
         read=read, vram=needs.vram, threads=strategy.threads,
     )  # fmt: skip
     return strategy, (step,)

@@ -145,18 +145,18 @@ def resolve(
     _check_names(targets)
     evaluation = builder.evaluation(targets)
     return Resolved(
-        config,
-        checkpoint,
-        builder.facts,
-        builder.name,
-        builder.graph,
-        targets,
-        {s.name: s for s in builder.specs},
-        builder.slices,
-        builder.calibration,
-        builder.awaited,
-        evaluation,
-        builder.matrix_files,
+        config=config,
+        checkpoint=checkpoint,
+        facts=builder.facts,
+        name=builder.name,
+        graph=builder.graph,
+        targets=targets,
+        specs={s.name: s for s in builder.specs},
+        imatrix_slices=builder.slices,
+        calibration=builder.calibration,
+        awaited=builder.awaited,
+        evaluation=evaluation,
+        matrix_files=builder.matrix_files,
     )
 
 
@@ -280,7 +280,17 @@ class _Builder:
         limit = Limit(most, tensors, target.max_bpw is not None, self._will_note(target, called))
         actions = tuple(item.action for _, item in damages if isinstance(item, Output))
         file_name = f"{self.name}-{schema.label(target)}.gguf"
-        return CalibratedTarget(name, file_name, actions, chosen.action, most, False, weights, {}, limit=limit)
+        return CalibratedTarget(
+            name=name,
+            file_name=file_name,
+            tensors=actions,
+            action=chosen.action,
+            nbytes=most,
+            exact=False,
+            weights=weights,
+            types={},
+            limit=limit,
+        )
 
     def _will_note(self, target: schema.FitTarget, called: str | None) -> Noted | None:
         """What a file will say of its importance matrix, as long as it will be: numbers have one length."""

@@ -191,7 +191,7 @@ class _Planner:
         """Every key of a calibrated build rests on the source's bytes, so those that are not known are read first."""
         nbytes = sum(source.nbytes for source in unknown)
         seconds = nbytes / self.judge.rate("read")
-        return Step("source.hash", "hashing", len(unknown), hashing.RAM, seconds, read=nbytes)
+        return Step("source.hash", "hashing", count=len(unknown), ram=hashing.RAM, seconds=seconds, read=nbytes)
 
     def _bytes(self, names: Iterable[str]) -> int:
         return sum(self.resolved.checkpoint.tensors[name].nbytes for name in names)
@@ -210,7 +210,7 @@ class _Planner:
         aux = self.resolved.checkpoint.aux
         sizes = [sum(s.nbytes for s in _sources(a) if s.name not in aux) or BUILTIN_BYTES for a in todo]
         ram = max(tokens.ram(aux, nbytes) for nbytes in sizes)
-        return Step(tokens.KIND, "calibration tokens", len(todo), ram, STARTING * len(todo))
+        return Step(tokens.KIND, "calibration tokens", count=len(todo), ram=ram, seconds=STARTING * len(todo))
 
     def statistics(self, todo: list[Action]) -> Step:
         step, needs = self._pass("calibration", self._forward)
@@ -220,17 +220,17 @@ class _Planner:
         return Step(
             statistics.KIND,
             f"calibration of {len(todo)} layers",
-            len(todo),
-            needs.ram,
-            STARTING + flops / self.rate(statistics.KIND, step.threads),
-            kept,
-            self.states,
-            self._held(needs),
-            self._layers_bytes(last),
-            step.threads,
-            step.spill,
-            flops,
-            (f"one pass over {_how(step)}",),
+            count=len(todo),
+            ram=needs.ram,
+            seconds=STARTING + flops / self.rate(statistics.KIND, step.threads),
+            disk=kept,
+            temporary=self.states,
+            vram=self._held(needs),
+            read=self._layers_bytes(last),
+            threads=step.threads,
+            spill=step.spill,
+            work=flops,
+            notes=(f"one pass over {_how(step)}",),
         )
 
     def propagate(self, todo: list[Action]) -> Step:
@@ -248,17 +248,17 @@ class _Planner:
         return Step(
             propagate.KIND,
             f"quantizing {len(todo)} layers with error propagation",
-            len(todo),
-            needs.ram,
-            STARTING * len(last) + work / self.rate(propagate.KIND, step.threads),
-            kept,
-            2 * self.states,
-            self._held(needs),
-            sum(self._layers_bytes(until) for until in last.values()),
-            step.threads,
-            step.spill,
-            work,
-            (f"one pass for each target over {_how(step)}",),
+            count=len(todo),
+            ram=needs.ram,
+            seconds=STARTING * len(last) + work / self.rate(propagate.KIND, step.threads),
+            disk=kept,
+            temporary=2 * self.states,
+            vram=self._held(needs),
+            read=sum(self._layers_bytes(until) for until in last.values()),
+            threads=step.threads,
+            spill=step.spill,
+            work=work,
+            notes=(f"one pass for each target over {_how(step)}",),
         )
 
     @property
@@ -336,10 +336,10 @@ class _Planner:
         return Step(
             solve.KIND,
             label,
-            len(todo),
-            needs.ram,
-            STARTING + work / self.rate(solve.KIND, self._threads),
-            sum(layer.code_bytes(params.bits, params.group_size) for layer, params in layers),
+            count=len(todo),
+            ram=needs.ram,
+            seconds=STARTING + work / self.rate(solve.KIND, self._threads),
+            disk=sum(layer.code_bytes(params.bits, params.group_size) for layer, params in layers),
             vram=self._held(needs),
             read=sum(self._bytes(layer.tensors) for layer, _ in layers),
             threads=self._threads,
@@ -354,7 +354,7 @@ class _Planner:
         )  # made already: Gram matrices too
         ram = importance.RAM + 2 * held
         size = sum(4 * width for layer in self.model.layers for width in layer.inputs)
-        return Step(importance.KIND, "the importance matrix", len(todo), ram, 1.0, size)
+        return Step(importance.KIND, "the importance matrix", count=len(todo), ram=ram, seconds=1.0, disk=size)
 
     def sensitivity(self, todo: list[Action]) -> Step:
         wanted, layers = self.resolved.config.calibration, self.model.layers
@@ -367,14 +367,14 @@ class _Planner:
         return Step(
             sensitivity.KIND,
             label,
-            len(todo),
-            needs.ram,
-            STARTING + flops / self.rate(sensitivity.KIND, step.threads),
-            self.model.curvature_bytes(self.shapes),
-            (len(layers) + 1) * shapes.state_bytes(self.resolved.checkpoint.config, step),
-            self._held(needs),
-            2 * self._bytes(self.shapes),
-            step.threads,
+            count=len(todo),
+            ram=needs.ram,
+            seconds=STARTING + flops / self.rate(sensitivity.KIND, step.threads),
+            disk=self.model.curvature_bytes(self.shapes),
+            temporary=(len(layers) + 1) * shapes.state_bytes(self.resolved.checkpoint.config, step),
+            vram=self._held(needs),
+            read=2 * self._bytes(self.shapes),
+            threads=step.threads,
             work=flops,
             notes=(f"forwards and backwards over {_how(step)}",),
         )
@@ -396,7 +396,9 @@ class _Planner:
         )
         read = self._bytes({piece.source for spec in specs.values() for piece in spec.pieces})
         label, threads = f"damage of {len(todo)} tensors in a type", self.budget.threads
-        return Step(damage.KIND, label, len(todo), ram, 1.0 + seconds / threads, read=read, threads=threads)
+        return Step(
+            damage.KIND, label, count=len(todo), ram=ram, seconds=1.0 + seconds / threads, read=read, threads=threads
+        )
 
     def choices(self, todo: list[Action]) -> Step:
         """The files that are then written are in the price: they are planned when their types are known."""
@@ -407,10 +409,10 @@ class _Planner:
         return Step(
             choice.KIND,
             "the choice of types",
-            len(todo),
-            max(choice.RAM, metadata.ram(self.resolved.checkpoint.aux)),
-            2.0 * len(todo) + encode + size / self.judge.rate("write"),
-            size,
+            count=len(todo),
+            ram=max(choice.RAM, metadata.ram(self.resolved.checkpoint.aux)),
+            seconds=2.0 * len(todo) + encode + size / self.judge.rate("write"),
+            disk=size,
             read=self._bytes(self.shapes),
         )
 
@@ -422,7 +424,9 @@ class _Planner:
         planned = [t.directory for t in targets if t.directory is not None]
         read = sum(self._bytes(i.source for file in one.files for i in file.items if not i.linear) for one in planned)
         seconds = STARTING * len(todo) + size / self.judge.rate("write")
-        return Step(directory.KIND, "writing directories", len(todo), ram, seconds, size, read=read)
+        return Step(
+            directory.KIND, "writing directories", count=len(todo), ram=ram, seconds=seconds, disk=size, read=read
+        )
 
     def backends(self, todo: list[Action]) -> Step:
         """Other libraries, one target after the other; their environments are made where they are not there yet."""
@@ -441,12 +445,12 @@ class _Planner:
         return Step(
             backend.KIND,
             names,
-            len(todo),
-            ram,
-            seconds,
-            sum(e.disk for e in lacking) + sum(t.nbytes for t in targets),
-            max(t.nbytes for t in targets),
-            vram,
+            count=len(todo),
+            ram=ram,
+            seconds=seconds,
+            disk=sum(e.disk for e in lacking) + sum(t.nbytes for t in targets),
+            temporary=max(t.nbytes for t in targets),
+            vram=vram,
             notes=tuple(sorted(e.announcement() for e in lacking)),
         )
 
@@ -473,7 +477,16 @@ class _Planner:
         kept = footprint.states_bytes(checkpoint.config, text)
         seconds = STARTING + flops / self.rate(statistics.KIND, self._threads)
         note = f"{text.windows} windows of {text.length} tokens; the source once, each target once"
-        return Step(evaluation.RESULT, label, len(todo), ram, seconds, kept, vram=self._held(found), notes=(note,))
+        return Step(
+            evaluation.RESULT,
+            label,
+            count=len(todo),
+            ram=ram,
+            seconds=seconds,
+            disk=kept,
+            vram=self._held(found),
+            notes=(note,),
+        )
 
     def _held(self, needs: extent.Device) -> int:
         """Of the device's memory, with what a process takes before it allocates."""
