@@ -3,54 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Done, Run
+from conftest import TINY, Build, Done, Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 ONCE = {"calibration.tokens": 1, "calibration.statistics": 3}
-
-Build = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def model(project: Path) -> Path:
-    """A copy that a test may change."""
-    folder = project / "tiny-llama"
-    shutil.copytree(TINY, folder)
-    return folder
-
-
-@pytest.fixture
-def text(project: Path) -> Path:
-    path = project / "text.txt"
-    path.write_text("\n".join(f"Section {n}: how {n * n} things are told apart by size and colour." for n in range(80)))
-    return path
-
-
-@pytest.fixture
-def attempt(qbuild: Run, model: Path, text: Path) -> Callable[..., Done]:
-    def run(*words: str) -> Done:
-        settings = ["calibration.samples=4", "calibration.length=64", "format=json"]
-        return qbuild(*settings, f"model.source={model}", f"calibration.source={text}", *words)
-
-    return run
-
-
-@pytest.fixture
-def build(attempt: Callable[..., Done]) -> Build:
-    def run(*words: str) -> dict[str, Any]:
-        done = attempt(*words)
-        assert done.code == 0, done.out + done.err
-        return done.document
-
-    return run
 
 
 def actions(document: dict[str, Any]) -> dict[str, int]:
@@ -199,7 +160,7 @@ def test_error_propagation_is_a_chain_of_the_targets_own(build: Build, model: Pa
     assert actions(build("target=gptq/w4_g64", words[1])) == {"quant.propagated": 1, "checkpoint.directory": 1}
 
 
-def test_error_propagation_is_planned_with_its_memory(attempt: Callable[..., Done]) -> None:
+def test_error_propagation_is_planned_with_its_memory(attempt: Run) -> None:
     words = ["plan", "target=gptq/w4_g64", "targets.gptq_w4_g64.propagate=true"]
     steps = {step["kind"]: step for step in attempt(*words).document["steps"]}
     assert set(steps) == {"source.hash", "calibration.tokens", "quant.propagated", "checkpoint.directory"}
@@ -229,7 +190,7 @@ def test_a_damaged_file_of_a_directory_is_made_again(build: Build) -> None:
     assert path.read_bytes() == good
 
 
-def test_a_plan_counts_one_pass_and_what_will_be_read(attempt: Callable[..., Done]) -> None:
+def test_a_plan_counts_one_pass_and_what_will_be_read(attempt: Run) -> None:
     words = "target=[awq/w4_g64,gguf/q4_k_m]", "targets.q4_k_m.imatrix=auto", "budget.threads=1"
     done = attempt("plan", *words)
     steps = {step["kind"]: step["count"] for step in done.document["steps"]}
@@ -270,11 +231,11 @@ def refused(done: Done, code: int, *words: str) -> None:
     assert not [word for word in words if word not in said], said
 
 
-def test_a_group_size_that_does_not_divide_is_refused_when_planned(attempt: Callable[..., Done]) -> None:
+def test_a_group_size_that_does_not_divide_is_refused_when_planned(attempt: Run) -> None:
     refused(attempt("plan", "target=gptq/w4_g128", "targets.gptq_w4_g128.group_size=80"), 2, "gptq_w4_g128", "80")
 
 
-def test_text_that_is_too_short_is_refused_before_the_source_is_read(attempt: Callable[..., Done], text: Path) -> None:
+def test_text_that_is_too_short_is_refused_before_the_source_is_read(attempt: Run, text: Path) -> None:
     text.write_text("Internationalization, " * 4)
     done = attempt("target=imatrix")
     refused(done, 4, "calibration.source", "tokens", "a window needs 64")
@@ -289,25 +250,23 @@ def test_text_that_is_too_short_is_refused_before_the_source_is_read(attempt: Ca
         (b"one\ncaf\xe9 au lait", "text.txt:2 is not UTF-8"),
     ],
 )
-def test_text_that_cannot_do_is_refused_when_planned(
-    attempt: Callable[..., Done], text: Path, content: bytes, said: str
-) -> None:
+def test_text_that_cannot_do_is_refused_when_planned(attempt: Run, text: Path, content: bytes, said: str) -> None:
     text.write_bytes(content)
     refused(attempt("plan", "target=imatrix"), 4, said)
 
 
-def test_a_line_that_is_no_json_is_refused_when_planned(attempt: Callable[..., Done], text: Path) -> None:
+def test_a_line_that_is_no_json_is_refused_when_planned(attempt: Run, text: Path) -> None:
     broken = text.with_suffix(".jsonl")
     broken.write_text('{"text": "one two"}\n{"text": oops')
     refused(attempt("plan", "target=imatrix", f"calibration.source={broken}"), 4, "text.jsonl:2", "not JSON")
 
 
-def test_a_data_set_is_not_asked_for_offline(attempt: Callable[..., Done]) -> None:
+def test_a_data_set_is_not_asked_for_offline(attempt: Run) -> None:
     words = "target=imatrix", "calibration.source=org/texts/train.jsonl", "offline=true"
     refused(attempt(*words), 4, "org/texts/train.jsonl", "the Hub cannot be asked")
 
 
-def test_a_tokenizer_of_another_model_is_refused(attempt: Callable[..., Done], model: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(attempt: Run, model: Path) -> None:
     path = model / "model.safetensors"
     tensors = load_file(path)
     for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
@@ -318,30 +277,30 @@ def test_a_tokenizer_of_another_model_is_refused(attempt: Callable[..., Done], m
     refused(attempt("target=imatrix"), 4, "its embedding has 256 rows", "tokenizer")
 
 
-def test_a_weight_that_is_no_number_is_named(attempt: Callable[..., Done], model: Path) -> None:
+def test_a_weight_that_is_no_number_is_named(attempt: Run, model: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     _change(model / "model.safetensors", name, b"\xc0\x7f")
     refused(attempt("target=imatrix"), 4, name, "NaN or infinite", "[0, 0]")
 
 
-def test_text_that_is_not_there_is_refused_when_planned(attempt: Callable[..., Done], text: Path) -> None:
+def test_text_that_is_not_there_is_refused_when_planned(attempt: Run, text: Path) -> None:
     text.unlink()
     refused(attempt("plan", "target=imatrix"), 4, "text.txt", "no such file")
 
 
-def test_a_model_without_a_tokenizer_is_refused(attempt: Callable[..., Done], model: Path) -> None:
+def test_a_model_without_a_tokenizer_is_refused(attempt: Run, model: Path) -> None:
     for path in model.glob("tokenizer*"):
         path.unlink()
     refused(attempt("target=awq/w4_g64"), 4, "tokenizer")
 
 
-def test_a_gguf_file_cannot_be_calibrated_on(attempt: Callable[..., Done], build: Build) -> None:
+def test_a_gguf_file_cannot_be_calibrated_on(attempt: Run, build: Build) -> None:
     made = build("target=gguf/bf16")["targets"]["bf16"]["path"]
     for words in (("target=imatrix",), ("target=gguf/q8_0", "evaluation.source=builtin")):
         refused(attempt("plan", f"model.source={made}", *words), 4, "GGUF", "safetensors")
 
 
-def test_a_budget_that_no_pass_fits_is_refused_with_what_helps(attempt: Callable[..., Done]) -> None:
+def test_a_budget_that_no_pass_fits_is_refused_with_what_helps(attempt: Run) -> None:
     refused(attempt("plan", "target=imatrix", "budget.ram=200MiB"), 3, "calibration", "budget.ram=")
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Done, Run
+from conftest import Build, Run
 from gguf import GGUFReader
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,43 +24,10 @@ from qbuild.schema import Config
 from qbuild.source import open_source
 from qbuild.store import Store
 
-TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 IMATRIX = Path(__file__).parent.parent / "data" / "tiny-llama-imatrix.gguf"
 TYPES = ("Q3_K", "Q4_K", "Q6_K", "Q8_0")
 ALL = "targets.fit.types=[" + ",".join(TYPES) + "]"
 SIZE = 1_750_000
-
-Build = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def model(project: Path) -> Path:
-    """A copy that a test may change."""
-    folder = project / "tiny-llama"
-    shutil.copytree(TINY, folder)
-    return folder
-
-
-@pytest.fixture
-def attempt(qbuild: Run, model: Path) -> Callable[..., Done]:
-    text = model.parent / "text.txt"
-    text.write_text("\n".join(f"Section {n}: how {n * n} things are told apart by size and colour." for n in range(80)))
-
-    def run(*words: str) -> Done:
-        settings = ["calibration.samples=4", "calibration.length=64", "format=json", "device=cpu"]
-        return qbuild(*settings, f"model.source={model}", f"calibration.source={text}", *words)
-
-    return run
-
-
-@pytest.fixture
-def build(attempt: Callable[..., Done]) -> Build:
-    def run(*words: str) -> dict[str, Any]:
-        done = attempt(*words)
-        assert done.code == 0, done.out + done.err
-        return done.document
-
-    return run
 
 
 def actions(document: dict[str, Any]) -> dict[str, int]:
@@ -106,7 +71,7 @@ def cost(values: np.ndarray, type_: str, use: Term) -> float:
 
 
 def test_a_fitted_file_does_the_least_damage_of_its_size_and_another_size_only_chooses(
-    build: Build, attempt: Callable[..., Done], model: Path
+    build: Build, attempt: Run, model: Path
 ) -> None:
     words = ["target=[gguf/fit,gguf/q4_k_m]", ALL]
     planned = attempt("plan", *words, f"targets.fit.max_size={SIZE}").document["targets"]["fit"]
@@ -180,16 +145,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_fitted_is_refused_before_anything_runs(attempt: Callable[..., Done], case: str) -> None:
+def test_what_cannot_be_fitted_is_refused_before_anything_runs(attempt: Run, case: str) -> None:
     words, code, fact = REFUSED[case]
     done = attempt("plan", "target=gguf/fit", *words)
     assert done.code == code
     assert fact in done.error["fact"]
 
 
-def test_a_size_that_is_too_small_is_refused_with_one_that_is_enough(
-    build: Build, attempt: Callable[..., Done]
-) -> None:
+def test_a_size_that_is_too_small_is_refused_with_one_that_is_enough(build: Build, attempt: Run) -> None:
     def remedy(given: str) -> str:
         """The setting that a refusal names, of the kind that was given."""
         name = given.partition("=")[0]
