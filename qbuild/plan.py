@@ -241,7 +241,7 @@ class Judge:
         if identity is None:
             return None
         with contextlib.suppress(OSError):
-            return self.store.source_digests(identity())
+            return self.store.sources.all(identity())
         return None
 
     def inputs(self, action: Action) -> tuple[list[tuple[str, Digest]], dict[str, str]]:

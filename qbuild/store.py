@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import json
 import os
 import re
-import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,16 +29,12 @@ from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import StoreError
 from qbuild.fsutil import FileLock, disk_error, fsync_dir, hash_range, read_exact, reserve, stat_of, write_all
 from qbuild.index import Index
-from qbuild.upkeep import GcItem, GcReport, Problem, Stats, choose
+from qbuild.sources import SourceDigests
 
-__all__ = ["Identity", "Location", "OutputRow", "Partial", "Store", "identity"]
+__all__ = ["Identity", "Location", "OutputRow", "Partial", "Store", "delete_files", "identity", "reading"]
 
 READ_ONLY = 0o444
 SALVAGE = "salvage-"  # partials that were damaged blobs: their good slices still serve
-RACY_NS = 20_000_000  # a change within one clock tick of the kernel (10 ms at most) leaves the time stamps as they are
-SCRATCH = ("states", "backends")  # folders of jobs: hidden states between layers, what another library writes
-MEMORY_NS = 365 * 24 * 3600 * 10**9  # how long a result is known after its outputs are gone
-RACY_COARSE_NS = 2_000_000_000  # where the file system counts whole seconds
 
 _PARTIAL_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -53,9 +47,6 @@ class Identity(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     inode: int
-
-
-Stamps = tuple[str, int, int, int, int]  # what an Identity holds, whoever made it
 
 
 class Location(NamedTuple):
@@ -89,6 +80,7 @@ class Store:
         self.root, self.link, self.clock = Path(root).absolute(), link, clock
         links.check_mode(link)
         self.index = Index(self.root)
+        self.sources = SourceDigests(self.index, self.clock)
         self._used: set[str] = set()
 
     def close(self) -> None:
@@ -195,7 +187,7 @@ class Store:
             return
         if old is not None:  # made a second time: the slices of the first are the same bytes
             db.execute("UPDATE OR IGNORE slices SET file = ? WHERE file = ?", (partial, old[0]))
-            _delete_files(db, [old[0]])
+            delete_files(db, [old[0]])
         db.execute("UPDATE files SET blob = ?, last_used = ? WHERE id = ?", (str(digest), self.clock(), partial))
 
     def _stamp(self, db: sqlite3.Connection, digest: Digest, found: os.stat_result) -> None:
@@ -208,20 +200,20 @@ class Store:
 
     def _rehash(self, digest: Digest) -> bool:
         """Hash a blob. Right: its stamps are taken again. Wrong: it is dropped."""
-        with _reading(self.blob_path(digest)) as fd:
+        with reading(self.blob_path(digest)) as fd:
             if fd is None:
                 return False
             before, hasher = os.fstat(fd), Hasher()
             hash_range(fd, 0, before.st_size, hasher.update)
             if hasher.digest() != digest:
-                self._drop_damaged(digest, before.st_ino)
+                self.drop_damaged(digest, before.st_ino)
                 return False
             if not self.read_only:
                 with self.index.writing() as db:
                     self._stamp(db, digest, before)
             return True
 
-    def _drop_damaged(self, digest: Digest, inode: int) -> None:
+    def drop_damaged(self, digest: Digest, inode: int) -> None:
         """A blob whose bytes are wrong stops being one. Slices that are still right stay usable from a partial."""
         if self.read_only:
             return
@@ -235,22 +227,22 @@ class Store:
                 slices = row and db.execute("SELECT 1 FROM slices WHERE file = ? LIMIT 1", row).fetchone()
                 if row and slices:
                     old = db.execute("SELECT id FROM files WHERE partial = ?", (salvage,)).fetchall()
-                    _delete_files(db, [i for (i,) in old])
+                    delete_files(db, [i for (i,) in old])
                     db.execute("UPDATE files SET partial = ?, blob = NULL WHERE id = ?", (salvage, row[0]))
                 elif row:
-                    _delete_files(db, [row[0]])
+                    delete_files(db, [row[0]])
             if row and slices:
                 path.rename(self.root / "partial" / salvage)
             else:
                 path.unlink()
         if row and slices:
-            self._check_slices(row[0])
+            self.check_slices(row[0])
 
-    def _check_slices(self, file: int) -> list[tuple[Digest, int]]:
+    def check_slices(self, file: int) -> list[tuple[Digest, int]]:
         """Hash every slice of a file and forget the wrong ones; they are returned with their offsets."""
         with self.index.reading() as db:
             rows = db.execute("SELECT digest, offset FROM slices WHERE file = ? ORDER BY offset", (file,)).fetchall()
-            path = self._file_path(*db.execute("SELECT partial, blob FROM files WHERE id = ?", (file,)).fetchone())
+            path = self.file_path(*db.execute("SELECT partial, blob FROM files WHERE id = ?", (file,)).fetchone())
         bad = []
         for text, offset in rows:
             digest = Digest.parse(text)
@@ -266,7 +258,7 @@ class Store:
         path = self.root / "partial" / (SALVAGE + digest.hash)
         with self.index.writing() as db:
             rows = db.execute("SELECT id FROM files WHERE partial = ?", (path.name,)).fetchall()
-            _delete_files(db, [i for (i,) in rows])
+            delete_files(db, [i for (i,) in rows])
         path.unlink(missing_ok=True)
 
     # slices ----------------------------------------------------------------------------------------------------------
@@ -287,7 +279,7 @@ class Store:
             found = stat_of(place.path)
             if found is not None and found.st_size >= place.offset + place.length:
                 return place
-            self._forget_vanished(place.file)
+            self.forget_vanished(place.file)
         if at is None or not self.blob_path(digest).exists():
             return None
         path = self.path(digest)
@@ -301,9 +293,9 @@ class Store:
         with self.index.reading() as db:
             rows = db.execute(query, (str(digest),)).fetchall()
         self._used.update(blob for _, _, blob, _ in rows[:1] if blob)
-        return [Location(self._file_path(p, b), offset, digest.size, i) for i, p, b, offset in rows]
+        return [Location(self.file_path(p, b), offset, digest.size, i) for i, p, b, offset in rows]
 
-    def _file_path(self, partial: str | None, blob: str | None) -> Path:
+    def file_path(self, partial: str | None, blob: str | None) -> Path:
         """While a file changes its name both are set: it is the blob once the partial is gone."""
         if partial is not None:
             path = self.root / "partial" / partial
@@ -313,14 +305,14 @@ class Store:
             raise ValueError("BUG: a file without a name")
         return self.blob_path(Digest.parse(blob))
 
-    def _forget_vanished(self, file: int) -> None:
+    def forget_vanished(self, file: int) -> None:
         """Drop the rows of a file that is gone, unless it only changed its name."""
         if self.read_only or file == 0:
             return
         with self.index.writing() as db:
             row = db.execute("SELECT partial, blob FROM files WHERE id = ?", (file,)).fetchone()
-            if row is not None and not self._file_path(*row).exists():
-                _delete_files(db, [file])
+            if row is not None and not self.file_path(*row).exists():
+                delete_files(db, [file])
 
     def read_slice(self, place: Location, start: int, into: memoryview) -> bool:
         """Fill ``into`` from ``start`` of a located slice. False where it is gone: then it is no longer located."""
@@ -341,8 +333,8 @@ class Store:
             row = db.execute("SELECT partial, blob FROM files WHERE id = ?", (place.file,)).fetchone()
         if row is not None:
             with contextlib.suppress(FileNotFoundError):  # committed since it was located
-                return os.open(self._file_path(*row), os.O_RDONLY | os.O_CLOEXEC)
-        self._forget_vanished(place.file)
+                return os.open(self.file_path(*row), os.O_RDONLY | os.O_CLOEXEC)
+        self.forget_vanished(place.file)
         return None
 
     def copy_slice(self, digest: Digest, sink: Callable[[int, memoryview], None]) -> bool:
@@ -378,7 +370,7 @@ class Store:
         if place.file == 0:
             found = stat_of(place.path)
             if found is not None:
-                self._drop_damaged(digest, found.st_ino)
+                self.drop_damaged(digest, found.st_ino)
             return
         with self.index.writing() as db:
             row = (str(digest), place.file, place.offset)
@@ -464,59 +456,6 @@ class Store:
         with self.index.reading() as db:
             return [_output_row(row) for row in db.execute(_OUTPUTS)]
 
-    # digests of source files -----------------------------------------------------------------------------------------
-
-    def put_source_digest(self, source: Stamps, offset: int, digest: Digest) -> None:
-        """Remember the digest of bytes at ``offset`` of a file that had this identity before it was read."""
-        self.put_source_digests(source, [(offset, digest)])
-
-    def put_source_digests(self, source: Stamps, found: Iterable[tuple[int, Digest]]) -> None:
-        path, *stamps = source
-        with self.index.writing() as db:
-            query = "SELECT id, size, mtime_ns, ctime_ns, inode FROM sources WHERE path = ?"
-            row = db.execute(query, (path,)).fetchone()
-            if row is not None and list(row[1:]) != stamps:
-                _delete_source(db, path)
-                row = None
-            if row is None:
-                query = "INSERT INTO sources (path, size, mtime_ns, ctime_ns, inode) VALUES (?, ?, ?, ?, ?)"
-                row = (db.execute(query, (path, *stamps)).lastrowid,)
-            rows = [(row[0], offset, str(digest), self.clock()) for offset, digest in found]
-            db.executemany("INSERT OR REPLACE INTO source_digests VALUES (?, ?, ?, ?)", rows)
-
-    def source_digests(self, source: Stamps) -> dict[int, Digest] | None:
-        """Digests by offset of a file with this identity, or None where nothing is known of it.
-
-        A digest taken within a clock tick of the file's last change is left out: a second change in that tick would
-        not show in the time stamps.
-        """
-        return self._source_digests(source, "", ()) or None
-
-    def _source_digests(
-        self, source: tuple[str, int, int, int, int], also: str, values: tuple[int, ...]
-    ) -> dict[int, Digest]:
-        path, size, mtime_ns, ctime_ns, inode = source
-        changed = max(mtime_ns, ctime_ns)
-        coarse = mtime_ns % 1_000_000_000 == 0 and ctime_ns % 1_000_000_000 == 0
-        settled = changed + (RACY_COARSE_NS if coarse else RACY_NS)
-        query = (
-            "SELECT d.offset, d.digest FROM sources s JOIN source_digests d ON d.source = s.id"
-            " WHERE s.path = ? AND s.size = ? AND s.mtime_ns = ? AND s.ctime_ns = ? AND s.inode = ?"
-            " AND d.recorded_ns > ?"
-        )
-        with self.index.reading() as db:
-            rows = db.execute(query + also, (path, size, mtime_ns, ctime_ns, inode, settled, *values)).fetchall()
-        return {offset: Digest.parse(text) for offset, text in rows}
-
-    def source_digest(self, source: tuple[str, int, int, int, int], offset: int) -> Digest | None:
-        """The digest of one range, if it is known: for asking again after waiting for another build."""
-        known = self._source_digests(source, " AND d.offset = ?", (offset,))
-        return known.get(offset)
-
-    def forget_source(self, source: Stamps) -> None:
-        with self.index.writing() as db:
-            _delete_source(db, source[0])
-
     # locks and use ---------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -571,208 +510,6 @@ class Store:
                 now = self.clock()
                 db.executemany("UPDATE files SET last_used = ? WHERE blob = ?", [(now, text) for text in sorted(used)])
 
-    # upkeep ----------------------------------------------------------------------------------------------------------
-
-    def stats(self) -> Stats:
-        with self.index.reading() as db:
-            slices, results, outputs = db.execute(
-                "SELECT (SELECT count(*) FROM slices), (SELECT count(*) FROM results), (SELECT count(*) FROM outputs)"
-            ).fetchone()
-        blobs = [found.st_size for _, found in self._walk("blobs/??/*")]
-        partials = [found.st_size for _, found in self._walk("partial/*")]
-        return Stats(len(blobs), sum(blobs), len(partials), sum(partials), slices, results, outputs)
-
-    def _walk(self, pattern: str) -> list[tuple[Path, os.stat_result]]:
-        found = ((path, stat_of(path)) for path in sorted(self.root.glob(pattern)))
-        return [(path, stat) for path, stat in found if stat is not None]
-
-    def verify(self, heal: bool = True, on_file: Callable[[Path, int], None] | None = None) -> Iterator[Problem]:
-        """Hash everything: blobs, slices of unfinished files, outputs. Time stamps are not believed.
-
-        With ``heal`` what is damaged is dropped from the store, so that the next build makes it again.
-        ``on_file(path, size)`` is called before a file is read.
-        """
-        tell = on_file or (lambda _path, _size: None)
-        heal = heal and not self.read_only
-        right: dict[tuple[int, int], Digest] = {}  # files by inode, so that a hard-linked output is read once
-        with self.in_use():
-            yield from self._verify_blobs(heal, tell, right)
-            yield from self._verify_partials(tell)
-            yield from self._verify_outputs(heal, tell, right)
-
-    def _verify_blobs(
-        self, heal: bool, tell: Callable[[Path, int], None], right: dict[tuple[int, int], Digest]
-    ) -> Iterator[Problem]:
-        with self.index.reading() as db:
-            rows = db.execute("SELECT id, partial, blob FROM files WHERE blob IS NOT NULL ORDER BY blob").fetchall()
-        for file, partial, blob in rows:
-            path = self._file_path(partial, blob)
-            if not path.exists():
-                if heal:
-                    self._forget_vanished(file)
-                yield Problem("missing", "blob", path, Digest.parse(blob), "the file is gone")
-        sizes = {digest.hash: digest for digest in (Digest.parse(blob) for _, _, blob in rows)}
-        for path, found in self._walk("blobs/??/*"):
-            digest = sizes.get(path.name, Digest(path.name, found.st_size))
-            tell(path, found.st_size)
-            actual = _digest_of(path)
-            if actual == digest:
-                right[(found.st_dev, found.st_ino)] = digest
-            elif actual is not None:
-                if heal:
-                    self._drop_damaged(digest, found.st_ino)
-                yield Problem("damaged", "blob", path, digest, _difference(digest, actual))
-
-    def _verify_partials(self, tell: Callable[[Path, int], None]) -> Iterator[Problem]:
-        with self.index.reading() as db:
-            query = "SELECT id, partial FROM files WHERE partial IS NOT NULL AND blob IS NULL ORDER BY partial"
-            rows = db.execute(query).fetchall()
-        for file, name in rows:
-            path = self.root / "partial" / name
-            found = stat_of(path)
-            held = None if self.read_only or found is None else self.try_lock(f"partial {name}")
-            if found is None or held is None:  # gone, or being written
-                continue
-            try:
-                tell(path, found.st_size)
-                bad = self._check_slices(file)
-            finally:
-                held.release()
-            for digest, offset in bad:
-                yield Problem(
-                    "damaged", "slice", path, digest, f"{digest.size} bytes at {offset} are not what was written"
-                )
-
-    def _verify_outputs(
-        self, heal: bool, tell: Callable[[Path, int], None], right: dict[tuple[int, int], Digest]
-    ) -> Iterator[Problem]:
-        for row in self.outputs():
-            found = stat_of(row.path)
-            if found is None:
-                problem = Problem("missing", "output", row.path, row.digest, "the file is gone")
-            elif right.get((found.st_dev, found.st_ino)) == row.digest:
-                continue
-            else:
-                tell(row.path, found.st_size)
-                actual = _digest_of(row.path)
-                if actual == row.digest:
-                    continue
-                fact = _difference(row.digest, actual) if actual else "the file is gone"
-                problem = Problem("damaged" if actual else "missing", "output", row.path, row.digest, fact)
-            if heal:
-                self._forget_output(row.path)
-            yield problem
-
-    def _forget_output(self, path: Path) -> None:
-        with self.index.writing() as db:
-            db.execute("DELETE FROM outputs WHERE path = ?", (str(path),))
-        with contextlib.suppress(OSError):  # whoever remembers its time stamps as good finds others
-            os.utime(path)
-
-    def gc(
-        self, roots: Iterable[Digest] = (), limit: int | None = None, dry_run: bool = False, timeout: float = 10.0
-    ) -> GcReport:
-        """Drop what no output needs; with ``limit`` (bytes) only the least recently used, until the store is below it.
-
-        Needed is: ``roots``, every output that still exists, and what went into them. It waits ``timeout`` seconds for
-        builds that use the store; files another process writes are left alone. ``dry_run`` only says what would go.
-        """
-        if dry_run:
-            items, kept, _ = self._plan_gc(roots, limit)
-            return GcReport(items, kept, dry_run)
-        self.index.create()
-        held = FileLock(self.root / "locks" / "in-use", keep=True)
-        if not held.acquire(timeout=timeout):
-            remedy = "run again when it has ended (qbuild gc -n only shows what would go)"
-            raise StoreError(str(self.root), "a build is using the store", remedy)
-        try:
-            self.flush_used()
-            items, kept, temporary = self._plan_gc(roots, limit)
-            self._sweep({item.path for item in items}, temporary)
-            return GcReport(items, kept, dry_run)
-        finally:
-            held.release()
-
-    def _plan_gc(self, roots: Iterable[Digest], limit: int | None) -> tuple[tuple[GcItem, ...], int, list[Path]]:
-        """What goes, the bytes that stay, and temporary files of killed processes."""
-        needed = self._needed({str(digest) for digest in roots})
-        with self.index.reading() as db:
-            rows = db.execute("SELECT id, partial, blob, last_used FROM files ORDER BY blob IS NULL, last_used DESC")
-            files = {self._file_path(p, b): (i, b, used) for i, p, b, used in rows.fetchall()}
-            slices = db.execute("SELECT file, digest FROM slices").fetchall()
-            results = db.execute("SELECT kind, outputs FROM results").fetchall()
-        kinds = {output: kind for kind, outputs in results for output in json.loads(outputs)}
-        keep = _files_to_keep(files, slices, needed)
-        kept, droppable, temporary = 0, [], []
-        for path, found in self._walk("blobs/??/*") + self._walk("partial/*"):
-            _, _, used = files.get(path, (0, None, found.st_mtime_ns))
-            partial = path.parent.name == "partial"
-            if partial and path.name.startswith(".tmp-"):
-                temporary.append(path)
-            elif path in keep or (not partial and f"{path.name}/{found.st_size}" in needed) or self._written(path):
-                kept += found.st_size
-            else:
-                kind = kinds.get(f"{path.name}/{found.st_size}", "nothing known")
-                why = "an unfinished file" if partial else f"{kind}, no output needs it"
-                frees = found.st_blocks * 512 if found.st_nlink == 1 else 0
-                droppable.append(GcItem(path, found.st_size, frees, used, why))
-        chosen, kept = choose([*droppable, *self._scratch()], kept, limit)
-        return tuple(chosen), kept, temporary
-
-    def _scratch(self) -> Iterator[GcItem]:
-        """Folders of jobs that were killed: hidden states, runs of other libraries. No row tells of them."""
-        for folder in (path for name in SCRATCH for path in sorted((self.root / name).glob("*"))):
-            with contextlib.suppress(FileNotFoundError):  # a job that ends while gc -n looks
-                inside = [path.lstat() for path in folder.rglob("*")]
-                size, blocks = sum(found.st_size for found in inside), sum(found.st_blocks for found in inside)
-                yield GcItem(folder, size, 512 * blocks, folder.stat().st_mtime_ns, "of a job that did not end")
-
-    def _written(self, path: Path) -> bool:
-        """Whether a living process holds that partial."""
-        if path.parent.name != "partial" or self.read_only:
-            return False
-        held = self.try_lock(f"partial {path.name}")
-        if held is not None:
-            held.release()
-        return held is None
-
-    def _needed(self, roots: set[str]) -> set[str]:
-        """Roots, outputs that exist, the stored inputs of whatever made them, what else that made (of a directory the
-        list of its files), and what is told of them, such as an evaluation."""
-        needed = set(roots)
-        needed.update(str(row.digest) for row in self.outputs() if row.path.exists())
-        with self.index.reading() as db:
-            rows = db.execute(
-                "SELECT outputs, inputs, meta FROM results"
-                " WHERE inputs != '[]' OR outputs LIKE '%,%' OR meta NOT IN ('[]', '{}')"
-            ).fetchall()
-        with_it: dict[str, set[str]] = {}
-        for outputs, inputs, about in (map(json.loads, row) for row in rows):
-            for output in outputs:
-                with_it.setdefault(output, set()).update(inputs, outputs)
-            for digest in about:
-                with_it.setdefault(digest, set()).update(outputs)
-        todo = list(needed)
-        while todo:
-            new = with_it.get(todo.pop(), set()) - needed
-            needed |= new
-            todo.extend(new)
-        return needed
-
-    def _sweep(self, gone: set[Path], temporary: list[Path]) -> None:
-        """Rows first: a kill in between leaves files without rows, which the next ``gc`` finds on the disk."""
-        with self.index.writing() as db:
-            rows = db.execute("SELECT id, partial, blob FROM files").fetchall()
-            dead = [i for i, p, b in rows if (path := self._file_path(p, b)) in gone or not path.exists()]
-            _delete_files(db, dead)
-            _delete_dead_rows(db, self.clock() - MEMORY_NS)
-        for path in [*gone, *temporary]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        for path in (self.root / "locks").glob("*.lock"):  # of holders that were killed
-            lock = FileLock(path)
-            if lock.try_acquire():
-                lock.release()
-
 
 class Partial:
     """A file of known size being written in place, from any thread. ``finished`` journals what stands in it."""
@@ -810,7 +547,7 @@ class Partial:
                 db.execute("UPDATE files SET partial = NULL WHERE id = ?", (row[0],))
                 row = None
             if row is not None and (found is None or found.st_size != self.size or row[1] != self.size):
-                _delete_files(db, [row[0]])
+                delete_files(db, [row[0]])
                 row = None
             if row is None:
                 query = "INSERT INTO files (partial, size, last_used) VALUES (?, ?, ?)"
@@ -895,7 +632,7 @@ class Partial:
     def discard(self) -> None:
         """Drop the file and what was journalled of it."""
         with self.store.index.writing() as db:
-            _delete_files(db, [self._file])
+            delete_files(db, [self._file])
         self.path.unlink(missing_ok=True)
         self.close()
 
@@ -916,52 +653,13 @@ def _output_row(row: tuple[Any, ...]) -> OutputRow:
     return OutputRow(Path(path), Digest.parse(digest), target, how, Identity(path, *stamps))
 
 
-def _delete_files(db: sqlite3.Connection, ids: list[int]) -> None:
+def delete_files(db: sqlite3.Connection, ids: list[int]) -> None:
     db.executemany("DELETE FROM slices WHERE file = ?", [(i,) for i in ids])
     db.executemany("DELETE FROM files WHERE id = ?", [(i,) for i in ids])
 
 
-def _delete_source(db: sqlite3.Connection, path: str) -> None:
-    db.execute("DELETE FROM source_digests WHERE source IN (SELECT id FROM sources WHERE path = ?)", (path,))
-    db.execute("DELETE FROM sources WHERE path = ?", (path,))
-
-
-def _delete_dead_rows(db: sqlite3.Connection, before: int) -> None:
-    """Results whose outputs are gone, if they were made ``before`` a time; records of source files and outputs that are
-    gone. What was made of a result that is gone is still found by its digest."""
-    present = {text for (text,) in db.execute("SELECT blob FROM files WHERE blob IS NOT NULL")}
-    present.update(text for (text,) in db.execute("SELECT DISTINCT digest FROM slices"))
-    results = db.execute("SELECT key, outputs FROM results WHERE created < ?", (before,)).fetchall()
-    dead = [(key,) for key, outputs in results if not present.issuperset(json.loads(outputs))]
-    db.executemany("DELETE FROM results WHERE key = ?", dead)
-    for (path,) in db.execute("SELECT path FROM sources").fetchall():
-        if not Path(path).exists():
-            _delete_source(db, path)
-    for (path,) in db.execute("SELECT path FROM outputs").fetchall():
-        if not Path(path).exists():
-            db.execute("DELETE FROM outputs WHERE path = ?", (path,))
-
-
-def _files_to_keep(
-    files: dict[Path, tuple[int, str | None, int]], slices: list[tuple[int, str]], needed: set[str]
-) -> set[Path]:
-    """Needed blobs, then for each needed slice that is in none of them one file that has it, blobs first."""
-    keep = {path for path, (_, blob, _) in files.items() if blob in needed}
-    inside: dict[int, set[str]] = {}
-    for file, digest in slices:
-        if digest in needed:
-            inside.setdefault(file, set()).add(digest)
-    missing = needed - {blob for _, blob, _ in files.values() if blob}
-    missing = missing.difference(*(inside.get(files[path][0], set()) for path in keep))
-    for path, (file, _, _) in files.items():
-        if not missing.isdisjoint(inside.get(file, set())):
-            keep.add(path)
-            missing -= inside[file]
-    return keep
-
-
 @contextmanager
-def _reading(path: Path) -> Iterator[int | None]:
+def reading(path: Path) -> Iterator[int | None]:
     """A file open for reading, None where it is gone. What its disk does not give is a StoreError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -978,28 +676,12 @@ def _reading(path: Path) -> Iterator[int | None]:
         os.close(fd)
 
 
-def _digest_of(path: Path) -> Digest | None:
-    """The digest of a whole file, None where it is gone."""
-    with _reading(path) as fd:
-        if fd is None:
-            return None
-        hasher = Hasher()
-        hash_range(fd, 0, os.fstat(fd).st_size, hasher.update)
-        return hasher.digest()
-
-
-def _difference(wanted: Digest, found: Digest) -> str:
-    if wanted.size != found.size:
-        return f"it has {found.size} bytes, not {wanted.size}"
-    return f"its bytes are {found.hash[:12]}…, not {wanted.hash[:12]}…"
-
-
 def _unreadable(error: OSError, path: Path) -> StoreError:
     return StoreError(str(path), f"cannot be read: {error.strerror}", "check the disk, then qbuild verify")
 
 
 def _slice_is(path: Path, offset: int, digest: Digest) -> bool:
-    with _reading(path) as fd:
+    with reading(path) as fd:
         hasher = Hasher()
         whole = fd is not None and hash_range(fd, offset, digest.size, hasher.update)
     return whole and hasher.digest() == digest

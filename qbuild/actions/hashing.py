@@ -47,6 +47,6 @@ def run(task: Task, store: Store, emit: Callable[[dict[str, Any]], None]) -> dic
                 seconds["hash"] += time.monotonic() - read
             done += item.nbytes
             found[str(task.files[item.file].path), item.offset] = hasher.digest()
-            store.put_source_digest(identities[item.file], item.offset, hasher.digest())
+            store.sources.put(identities[item.file], item.offset, hasher.digest())
             emit({"event": "progress", "tensors": number, "bytes": done, "current": item.name, "seconds": seconds})
     return found

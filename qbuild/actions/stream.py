@@ -344,13 +344,13 @@ class Pass:
             raise
 
     def _recorded(self, piece: Piece) -> Digest | None:
-        found = self.store.source_digest(self.identities[piece.file], piece.offset)
+        found = self.store.sources.get(self.identities[piece.file], piece.offset)
         return found if found is not None and found.size == piece.nbytes else None
 
     def _record(self, piece: Piece, digest: Digest) -> None:
         if piece.data is None:
             self.tally.sources[str(self.task.files[piece.file].path), piece.offset] = digest
-            self.store.put_source_digest(self.identities[piece.file], piece.offset, digest)
+            self.store.sources.put(self.identities[piece.file], piece.offset, digest)
 
     def _read(self, reader: Reader, piece: Piece, start: int, into: memoryview) -> None:
         began = time.monotonic()
@@ -402,7 +402,7 @@ class Pass:
     def _checked(self, piece: Piece, digest: Digest) -> Digest:
         if piece.digest is not None and piece.digest != digest:
             path = self.task.files[piece.file].path if piece.data is None else piece.name
-            self.store.forget_source(self.identities[piece.file])
+            self.store.sources.forget(self.identities[piece.file])
             fact = f"{piece.name} changed although its size and times did not"
             raise InputError(str(path), fact, "run again: the old record is dropped and the file is hashed anew")
         self._record(piece, digest)

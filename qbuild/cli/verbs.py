@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qbuild import execute, inspection, plan, render, schema
+from qbuild import execute, inspection, plan, render, schema, upkeep
 from qbuild.budget import parse_size
 from qbuild.errors import InputError
 from qbuild.progress import Sink
@@ -90,7 +90,7 @@ def status(request: Request) -> Answer:
         }
         for row in store.outputs()
     ]
-    document = {"store": {"dir": str(store.root)} | dataclasses.asdict(store.stats()), "outputs": outputs}
+    document = {"store": {"dir": str(store.root)} | dataclasses.asdict(upkeep.stats(store)), "outputs": outputs}
     return Answer(document, render.status(document))
 
 
@@ -104,7 +104,7 @@ def verify(request: Request) -> Answer:
     store = _store(request)
     problems = [
         {"place": str(p.path), "kind": p.kind, "where": p.where, "digest": str(p.digest), "fact": p.fact}
-        for p in store.verify()
+        for p in upkeep.verify(store)
     ]
     document = {"store": str(store.root), "problems": problems}
     return Answer(document, render.verified(document), code=1 if problems else 0)
@@ -112,8 +112,8 @@ def verify(request: Request) -> Answer:
 
 def gc(request: Request) -> Answer:
     limit = request.config.store.limit
-    report = _store(request).gc(
-        limit=None if limit is None else parse_size(limit, "store.limit"), dry_run=request.dry_run
+    report = upkeep.gc(
+        _store(request), limit=None if limit is None else parse_size(limit, "store.limit"), dry_run=request.dry_run
     )
     items = [{"path": str(i.path), "bytes": i.size, "frees": i.frees, "why": i.why} for i in report.items]
     document = {"dry_run": report.dry_run, "freed": report.freed, "kept": report.kept, "items": items}

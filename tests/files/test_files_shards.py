@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import qbuild
-from qbuild import recipe, schema
+from qbuild import recipe, schema, upkeep
 from qbuild.errors import ConfigError
 from qbuild.gguffile import read_header
 from qbuild.store import Store
@@ -76,7 +76,7 @@ def test_a_damaged_shard_is_found_and_made_again_the_others_stay() -> None:
     with path.open("r+b") as file:
         file.seek(-64, os.SEEK_END)
         file.write(b"damaged!")
-    problems = list(Store(Path("store")).verify())
+    problems = list(upkeep.verify(Store(Path("store"))))
     assert {p.path.name for p in problems} >= {path.name}
     again = build(shards())
     assert again.targets["q8_0"].verdicts == {"hit": 28, "run": 1}
@@ -85,7 +85,7 @@ def test_a_damaged_shard_is_found_and_made_again_the_others_stay() -> None:
 
 def test_gc_keeps_a_target_that_is_cut() -> None:
     build(shards())
-    Store(Path("store")).gc()
+    upkeep.gc(Store(Path("store")))
     again = build(shards())
     assert again.targets["q8_0"].verdicts == {"hit": 29}
     assert again.document["totals"]["written_bytes"] == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from store_kit import digest_of, flip, packed
 
+from qbuild import upkeep
 from qbuild.actions.directory import listed, tree
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.digest import Digest, digest_bytes
@@ -236,7 +237,7 @@ def test_a_file_that_was_only_renamed_is_not_forgotten(store: Store):
     """A reader that lost the race against the rename reports the old name as gone."""
     _, slices, _ = packed(store)
     place = store.locate(slices[0])
-    store._forget_vanished(place.file)
+    store.forget_vanished(place.file)
     assert store.locate(slices[0]) == place
 
 
@@ -323,13 +324,13 @@ def test_changed_source_file_has_no_digests(store: Store, tmp_path: Path):
     before = identity(path)
     later = Store(store.root, clock=lambda: before.ctime_ns + 10**9)
     digest = digest_of(1)[1]
-    later.put_source_digest(before, 8, digest)
-    later.put_source_digest(before, 9000, digest)
-    assert store.source_digests(before) == {8: digest, 9000: digest}
+    later.sources.put(before, 8, digest)
+    later.sources.put(before, 9000, digest)
+    assert store.sources.all(before) == {8: digest, 9000: digest}
     os.utime(path, ns=(10**18, 10**18 + 2))
-    assert store.source_digests(identity(path)) is None
-    later.put_source_digest(identity(path)._replace(ctime_ns=before.ctime_ns), 8, digest)
-    assert store.source_digests(before) is None
+    assert store.sources.all(identity(path)) is None
+    later.sources.put(identity(path)._replace(ctime_ns=before.ctime_ns), 8, digest)
+    assert store.sources.all(before) is None
     later.close()
 
 
@@ -340,22 +341,22 @@ def test_digest_taken_in_the_tick_of_a_change_is_not_trusted(store: Store):
     digest = digest_of(1)[1]
     for age, trusted in ((1_000_000, False), (1_000_000_000, True)):
         racing = Store(store.root, clock=lambda age=age: at + age)
-        racing.put_source_digest(source, 0, digest)
-        assert (racing.source_digests(source) is not None) == trusted
+        racing.sources.put(source, 0, digest)
+        assert (racing.sources.all(source) is not None) == trusted
         racing.close()
     whole_seconds = ("/c", 10, 10**18, 10**18, 7)
     coarse = Store(store.root, clock=lambda: 10**18 + 10**9)
-    coarse.put_source_digest(whole_seconds, 0, digest)
-    assert coarse.source_digests(whole_seconds) is None
+    coarse.sources.put(whole_seconds, 0, digest)
+    assert coarse.sources.all(whole_seconds) is None
     coarse.close()
 
 
 def test_forgotten_source_has_no_digests(store: Store):
     source = ("/w", 10, 1, 1, 7)
-    store.put_source_digest(source, 0, digest_of(1)[1])
-    store.forget_source(source)
-    assert store.source_digests(source) is None
-    store.forget_source(source)
+    store.sources.put(source, 0, digest_of(1)[1])
+    store.sources.forget(source)
+    assert store.sources.all(source) is None
+    store.sources.forget(source)
 
 
 def test_batch_is_all_or_nothing(store: Store):
@@ -463,7 +464,7 @@ def test_verify_lets_go_of_an_unfinished_file_that_was_removed(store: Store) -> 
     with store.partial("name", 64) as partial:
         partial.finished(digest_bytes(bytes(64)), 0)
     partial.path.unlink()
-    assert list(store.verify()) == []
+    assert list(upkeep.verify(store)) == []
     held = store.try_lock("partial name")
     assert held is not None
     held.release()

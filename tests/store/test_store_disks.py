@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from store_kit import digest_of, packed
 
-from qbuild import fsutil
+from qbuild import fsutil, upkeep
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.digest import Digest
 from qbuild.errors import StoreError
@@ -101,14 +101,14 @@ def test_read_only_store(small_disk: Path):
     assert ActionCache(store).get("key") is not None
     assert store.path(whole) is not None
     assert store.read_bytes(slices[1]) == data[1000:2000]
-    assert list(store.verify()) == []
-    assert store.gc(dry_run=True).kept == 0
+    assert list(upkeep.verify(store)) == []
+    assert upkeep.gc(store, dry_run=True).kept == 0
     with store.in_use():
         pass
     for write in (
         lambda: store.put_bytes(b"x"),
         lambda: store.partial("p", 1),
-        lambda: store.gc(),
+        lambda: upkeep.gc(store),
         lambda: store.lock("a").__enter__(),
         lambda: ActionCache(store).note_hint("h"),
     ):
@@ -146,7 +146,7 @@ def test_damage_in_a_read_only_store_is_not_served(small_disk: Path):
     assert store.path(whole) is None
     assert store.read_bytes(whole) is None
     assert store.read_bytes(slices[0]) is None
-    assert [p.kind for p in store.verify()] == ["damaged"]
+    assert [p.kind for p in upkeep.verify(store)] == ["damaged"]
     store.close()
 
 
@@ -180,7 +180,7 @@ def test_reservation_is_real_here(store: Store):
 READS: dict[str, Callable[[Store, Digest, Digest], object]] = {
     "a blob whose time stamps moved": lambda store, whole, part: store.check_blob(whole),
     "bytes": lambda store, whole, part: store.read_bytes(part),
-    "everything": lambda store, whole, part: list(store.verify()),
+    "everything": lambda store, whole, part: list(upkeep.verify(store)),
     "a copy": lambda store, whole, part: store.link_out(whole, store.root.parent / "out.gguf", "copy"),
 }
 
@@ -214,6 +214,6 @@ def test_a_slice_of_an_unfinished_file_that_the_disk_does_not_give_is_not_forgot
 
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(StoreError, match="cannot be read"):
-        list(store.verify())
+        list(upkeep.verify(store))
     monkeypatch.undo()
     assert store.read_bytes(digest) == data

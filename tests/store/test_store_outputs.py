@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from store_kit import digest_of, flip, packed
 
-from qbuild import fsutil, links
+from qbuild import fsutil, links, upkeep
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.digest import Digest
 from qbuild.errors import ConfigError, StoreError
@@ -185,7 +185,7 @@ def test_symlink_at_the_output_is_replaced_not_followed(store: Store, tmp_path: 
 
 
 def problems(store: Store) -> list[tuple[str, str, str]]:
-    return [(p.kind, p.where, p.path.name) for p in store.verify()]
+    return [(p.kind, p.where, p.path.name) for p in upkeep.verify(store)]
 
 
 def test_verify_finds_nothing_in_a_sound_store(store: Store, tmp_path: Path):
@@ -197,7 +197,7 @@ def test_verify_finds_nothing_in_a_sound_store(store: Store, tmp_path: Path):
         partial.write_at(0, digest_of(1)[0])
         partial.finished(digest_of(1)[1], 0)
     read = []
-    assert list(store.verify(on_file=lambda path, size: read.append(path.name))) == []
+    assert list(upkeep.verify(store, on_file=lambda path, size: read.append(path.name))) == []
     assert len(read) == 4  # two blobs, the unfinished file, the copy; the hard link is not read twice
 
 
@@ -238,7 +238,7 @@ def test_verify_without_healing_changes_nothing(store: Store, tmp_path: Path):
     whole, _, _ = packed(store)
     flip(store.blob_path(whole), keep_mtime=True)
     for _ in range(2):
-        found = [(p.kind, p.where, p.digest) for p in store.verify(heal=False)]
+        found = [(p.kind, p.where, p.digest) for p in upkeep.verify(store, heal=False)]
         assert found == [("damaged", "blob", whole)]
 
 
@@ -267,7 +267,7 @@ def test_wrong_size_is_said(store: Store):
     data, digest = digest_of(1)
     store.put_bytes(data)
     os.truncate(store.blob_path(digest), 900)
-    assert [p.fact for p in store.verify()] == ["it has 900 bytes, not 1000"]
+    assert [p.fact for p in upkeep.verify(store)] == ["it has 900 bytes, not 1000"]
 
 
 # gc ------------------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_gc_keeps_roots(store: Store, tmp_path: Path):
     cache.put("useless", ActionResult("k", (useless,)))
     cache.put("told", ActionResult("evaluation.result", (told,), about=(whole,)))
     store.link_out(whole, tmp_path / "m.gguf", "copy")
-    report = store.gc([root])
+    report = upkeep.gc(store, [root])
     assert [(i.path, i.size, i.why) for i in report.items] == [(store.blob_path(useless), 7, "k, no output needs it")]
     assert report.freed > 0
     assert report.kept == 4000 + 4 + 4 + 4 + 4
@@ -302,7 +302,7 @@ def test_gc_keeps_roots(store: Store, tmp_path: Path):
     assert cache.get("useless") is None
     assert cache.find("useless") == ActionResult("k", (useless,))  # what was made of it is keyed by it
     (tmp_path / "m.gguf").unlink()  # nobody wants it any more
-    store.gc([root])
+    upkeep.gc(store, [root])
     assert [store.has(d) for d in (whole, root, meta, deep, told)] == [False, True, False, False, False]
     assert store.outputs() == []
 
@@ -315,8 +315,8 @@ def test_gc_frees_the_folders_that_killed_jobs_left(store: Store, tmp_path: Path
         (store.root / name).mkdir(parents=True)
     (store.root / "states/a/layers.hidden").write_bytes(b"h" * 3000)
     (store.root / "backends/b/model/model.safetensors").symlink_to(model)
-    assert len(store.gc(dry_run=True).items) == 2
-    sizes = {item.path: item.size for item in store.gc().items}
+    assert len(upkeep.gc(store, dry_run=True).items) == 2
+    sizes = {item.path: item.size for item in upkeep.gc(store).items}
     assert set(sizes) == {store.root / "states/a", store.root / "backends/b"}
     assert sizes[store.root / "states/a"] == 3000
     assert not any((store.root / "states").iterdir())
@@ -328,20 +328,20 @@ def test_gc_forgets_in_the_end_what_it_freed(tmp_path: Path):
     store, now = clocked(tmp_path)
     cache = ActionCache(store)
     cache.put("a", ActionResult("k", (store.put_bytes(b"a"),)))
-    store.gc()
+    upkeep.gc(store)
     assert cache.find("a") is not None
     now[0] += 366 * 24 * 3600 * 10**9
-    store.gc()
+    upkeep.gc(store)
     assert cache.find("a") is None
 
 
 def test_gc_keeps_the_file_that_holds_a_needed_slice(store: Store):
     whole, slices, data = packed(store, "a", 2)
     other, _more, _ = packed(store, "b", 4)  # has the same two slices and two more
-    store.gc([slices[0]])
+    upkeep.gc(store, [slices[0]])
     assert sum(store.path(d) is not None for d in (whole, other)) == 1
     assert store.read_bytes(slices[0]) == data[:1000]
-    store.gc([other, slices[0]])
+    upkeep.gc(store, [other, slices[0]])
     assert store.path(whole) is None or store.path(other) is None
 
 
@@ -351,11 +351,11 @@ def test_gc_dry_run_frees_nothing(store: Store):
     with store.partial("p", 10):
         pass
     before = sorted(str(p) for p in store.root.rglob("*") if p.is_file() and "index" not in p.name)
-    report = store.gc(dry_run=True)
+    report = upkeep.gc(store, dry_run=True)
     assert sorted(i.path.name for i in report.items) == sorted([whole.hash, "p"])
     assert report.dry_run
     assert sorted(str(p) for p in store.root.rglob("*") if p.is_file() and "index" not in p.name) == before
-    again = store.gc()
+    again = upkeep.gc(store)
     assert (again.items, again.kept) == (report.items, report.kept)  # what was shown is what goes
     assert not store.has(whole)
     assert list((store.root / "partial").iterdir()) == []
@@ -369,24 +369,24 @@ def test_gc_drops_the_least_recently_used_beyond_the_limit(tmp_path: Path):
     now[0] += 1000
     with store.in_use():
         assert store.path(made[0])  # the oldest, used again
-    report = store.gc(limit=2000)
+    report = upkeep.gc(store, limit=2000)
     assert [i.path.name for i in report.items] == [made[1].hash, made[2].hash]
     assert report.kept == 2000
     assert [store.has(d) for d in made] == [True, False, False, True]
-    assert store.gc(limit=2000).items == ()
+    assert upkeep.gc(store, limit=2000).items == ()
     store.close()
 
 
 def test_gc_never_goes_below_the_roots_for_a_limit(store: Store):
     digest = store.put_bytes(bytes(1000))
-    assert store.gc([digest], limit=10).items == ()
+    assert upkeep.gc(store, [digest], limit=10).items == ()
     assert store.has(digest)
 
 
 def test_gc_says_that_a_hard_linked_file_frees_nothing(store: Store, tmp_path: Path):
     whole, _, _ = packed(store)
     os.link(store.blob_path(whole), tmp_path / "moved.gguf")  # an output the user renamed
-    report = store.gc()
+    report = upkeep.gc(store)
     assert [i.size for i in report.items] == [4000]
     assert report.freed == 0
 
@@ -395,9 +395,9 @@ def test_gc_waits_for_builds_and_says_so(store: Store):
     digest = store.put_bytes(b"x")
     other = Store(store.root)
     with other.in_use(), other.in_use(), pytest.raises(StoreError, match="a build is using the store"):
-        store.gc(timeout=0.05)
+        upkeep.gc(store, timeout=0.05)
     assert store.has(digest)
-    assert len(store.gc(timeout=0.05).items) == 1
+    assert len(upkeep.gc(store, timeout=0.05).items) == 1
     other.close()
 
 
@@ -408,21 +408,21 @@ def test_gc_cleans_up_after_killed_processes(store: Store):
     (store.root / "blobs" / "ff").mkdir(exist_ok=True)
     (store.root / "blobs" / "ff" / ("f" * 64)).write_bytes(b"a file without a row")
     gone = Digest("0" * 64, 5)
-    store.put_source_digest(("/nonexistent/w", 1, 1, 1, 1), 0, gone)
+    store.sources.put(("/nonexistent/w", 1, 1, 1, 1), 0, gone)
     with store.lock("held"):
-        store.gc()
+        upkeep.gc(store)
         assert len(list((store.root / "locks").glob("*.lock"))) == 1
     assert [p for p in (store.root / "blobs").rglob("*") if p.is_file()] == []
     assert list((store.root / "partial").iterdir()) == []
-    assert store.source_digests(("/nonexistent/w", 1, 1, 1, 1)) is None
+    assert store.sources.all(("/nonexistent/w", 1, 1, 1, 1)) is None
 
 
 def test_stats_count(store: Store, tmp_path: Path):
-    assert store.stats().blobs == 0
+    assert upkeep.stats(store).blobs == 0
     whole, slices, _ = packed(store)
     store.link_out(whole, tmp_path / "m.gguf")
     with store.partial("p", 10):
-        stats = store.stats()
+        stats = upkeep.stats(store)
     assert (stats.blobs, stats.blob_bytes, stats.partials, stats.partial_bytes) == (1, 4000, 1, 10)
     assert (stats.slices, stats.results, stats.outputs) == (len(slices), 0, 1)
 

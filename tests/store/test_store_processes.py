@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from store_kit import digest_of, packed
 
-from qbuild import fsutil
+from qbuild import fsutil, upkeep
 from qbuild import store as store_module
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.digest import Digest, digest_bytes
@@ -69,7 +69,7 @@ def sound(store: Store) -> None:
         keys = [key for (key,) in db.execute("SELECT key FROM results")]
     assert all(store.read_bytes(digest) is not None for digest in slices)
     assert all(ActionCache(store).get(key) is not None for key in keys)
-    assert [p for p in store.verify(heal=False) if p.kind == "damaged"] == []
+    assert [p for p in upkeep.verify(store, heal=False) if p.kind == "damaged"] == []
 
 
 def test_killed_writer_leaves_no_blob(store: Store):
@@ -81,9 +81,9 @@ def test_killed_writer_leaves_no_blob(store: Store):
         time.sleep(rng.uniform(0.0, 0.12))
         kill(process)
         sound(store)
-    assert store.stats().results > 8  # work had been done before the kills
-    store.gc()
-    assert store.stats().blobs == 0
+    assert upkeep.stats(store).results > 8  # work had been done before the kills
+    upkeep.gc(store)
+    assert upkeep.stats(store).blobs == 0
     assert list((store.root / "partial").iterdir()) == []
     assert [p.name for p in (store.root / "locks").iterdir()] == ["in-use"]
 
@@ -118,7 +118,7 @@ def test_crash_at_every_step_of_a_commit(store: Store, monkeypatch: pytest.Monke
         assert again.read_bytes(digest_of(seed)[1]) == digest_of(seed)[0]
     assert packed(again)[0] == digest_bytes(whole)
     assert again.check_blob(digest_bytes(whole))
-    assert list(again.verify()) == []
+    assert list(upkeep.verify(again)) == []
     with again.index.reading() as db:
         assert db.execute("SELECT count(*), count(blob), count(partial) FROM files").fetchone() == (1, 1, 0)
         assert db.execute("SELECT count(*) FROM slices").fetchone() == (4,)
@@ -134,14 +134,14 @@ def test_killed_holder_frees_its_locks(store: Store):
     )
     ready(process)
     assert store.try_lock("a") is None
-    assert store.gc(dry_run=True).items == ()  # its file is being written
+    assert upkeep.gc(store, dry_run=True).items == ()  # its file is being written
     kill(process)
     held = store.try_lock("a")
     assert held is not None
     held.release()
     with store.partial("p", 10):
         pass
-    assert [item.path.name for item in store.gc(timeout=1.0).items] == ["p"]
+    assert [item.path.name for item in upkeep.gc(store, timeout=1.0).items] == ["p"]
 
 
 def test_two_processes_one_lock(store: Store):
@@ -222,7 +222,7 @@ def test_processes_make_one_store_at_once(tmp_path: Path):
     for process in processes:
         process.communicate()
     sound(store)
-    assert store.stats().results == 150
+    assert upkeep.stats(store).results == 150
     store.close()
 
 
@@ -238,7 +238,7 @@ def test_gc_beside_builds_loses_nothing_in_use(store: Store):
     processes = [start(store, script) for _ in range(2)]
     collected = 0
     while any(process.poll() is None for process in processes):
-        collected += len(store.gc(timeout=30).items)
+        collected += len(upkeep.gc(store, timeout=30).items)
     assert [process.wait() for process in processes] == [0, 0]
     for process in processes:
         process.communicate()
