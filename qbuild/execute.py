@@ -77,10 +77,11 @@ def _check_unchanged(judge: Judge, made: Plan, asked: list[str]) -> None:
     for path, small in judge.small.items():
         if made.files.get(path, small) != small:
             raise changed(small.path)
-    now = made.resolved.checkpoint
-    for name, tensor in judge.checkpoint().tensors.items():
-        if name not in now.tensors or now.tensors[name].digest != tensor.digest:
-            raise changed(now.files[tensor.file].path, name)
+    before = judge.checkpoint()
+    for name, tensor in before.tensors.items():
+        now = made.resolved.checkpoint.tensors.get(name)
+        if now is None or now.digest is None or now.digest != tensor.digest:
+            raise changed(before.files[tensor.file].path, name)
     raise RuntimeError(f"BUG: {', '.join(asked)} was made, and is still asked for")
 
 

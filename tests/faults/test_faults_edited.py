@@ -130,12 +130,13 @@ def test_every_job_looks_at_what_it_reads(
     assert made["digest"] == anew["digest"]
 
 
-def test_a_text_that_is_edited_during_the_pass_ends_the_build_with_an_error_and_loses_nothing(
-    qbuild: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["text.txt", pytest.param("tiny-llama/model.safetensors", marks=pytest.mark.slow)])
+def test_a_file_that_is_edited_when_it_is_not_read_any_more_ends_the_build_with_an_error_and_loses_nothing(
+    qbuild: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    with edited_before(monkeypatch, "calibration.imatrix", folder / "text.txt"):
+    with edited_before(monkeypatch, "calibration.imatrix", folder / name):
         done = build(qbuild, folder, "target=imatrix")
-    refused(done, folder / "text.txt")
+    refused(done, folder / name)
     again = build(qbuild, folder, "target=imatrix")
     assert again.code == 0
     assert again.document["totals"]["actions"] == {}
