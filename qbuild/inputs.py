@@ -54,8 +54,8 @@ def copies(files: Mapping[str, InputFile], like: Path) -> Iterator[Path]:
     """A folder with ``files`` by name and nothing else, for libraries that open files themselves. It is called as
     ``like``, which errors name instead."""
     with tempfile.TemporaryDirectory(prefix="qbuild-") as scratch:
-        folder = Path(scratch) / like.name
-        folder.mkdir()
+        folder = Path(scratch) / (like.resolve().name if like.name == ".." else like.name)
+        folder.mkdir(exist_ok=True)  # the root of a file system has no name
         for name, file in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(file.read())
