@@ -41,8 +41,9 @@ def build(config: schema.Config, sink: Sink, since: int | None = None) -> dict[s
 
     ``since``: with -B results count that were stored since then (nanoseconds since the epoch); None: since now.
     """
-    began = time.monotonic()
-    planned = partial(plan.make, config, fetch=True, began=time.time_ns() if since is None else since)
+    began, now = time.monotonic(), time.time_ns()
+    # A launcher may have sent the job to a machine whose clock is behind.
+    planned = partial(plan.make, config, fetch=True, began=now if since is None else min(since, now))
     made = _sound_plan(planned, sink)
     with ExitStack() as stack:
         stack.enter_context(made.store.in_use())
