@@ -22,7 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qbuild.digest import Digest, Hasher
+from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import InputError
 from qbuild.gguffile import KV, GgufHeader, decode_kv, read_header
 from qbuild.inputs import changed
@@ -78,8 +78,11 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class SourceFile:
+    """``header``: digest of what the file begins with, which says where its tensors are; None where it is not here."""
+
     path: Path
     size: int
+    header: Digest | None = None
 
     def identity(self) -> tuple[str, int, int, int, int]:
         """What changes when the file does: path, size, mtime_ns, ctime_ns, inode. OSError where it is gone."""
@@ -171,7 +174,7 @@ def _open_directory(root: Path, source: str) -> Checkpoint:
         raise InputError(str(config_path), "is not a JSON object", "fetch the file again")
     aux = {name: root / name for name in AUX if (root / name).is_file()}
     aux |= {str(path.relative_to(root)): path for path in sorted(root.glob(TEMPLATES))}
-    headers = [(SourceFile(path, path.stat().st_size), _local_header(path)) for path in shards]
+    headers = [_local_header(path) for path in shards]
     found = safetensors(source, root, headers, config, aux)
     if index is not None:
         check_index(str(index_path), index, found)
@@ -293,21 +296,24 @@ class Stored:
 
 def stored(path: Path) -> Iterator[tuple[str, Stored]]:
     """The tensors of a safetensors file that a quantizer wrote, by name."""
-    start, header = _local_header(path)
+    _, (start, header) = _local_header(path)
     for name, entry in header.items():
         if name != "__metadata__":
             first, last = entry["data_offsets"]
             yield name, Stored(path, entry["dtype"], tuple(entry["shape"]), start + first, last - first)
 
 
-def _local_header(path: Path) -> tuple[int, Any]:
+def _local_header(path: Path) -> tuple[SourceFile, tuple[int, Any]]:
+    """A file, and where its data begin, with the header before them."""
     size = path.stat().st_size
     with path.open("rb", buffering=0) as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
         if size < 10 or length > min(size - 8, MAX_HEADER):
             fact = f"is truncated or no safetensors file: {size} bytes, a header of {length}"
             raise InputError(str(path), fact, "fetch it again")
-        return 8 + length, parse_header(str(path), file.read(length))
+        text = file.read(length)
+    return SourceFile(path, size, digest_bytes(first + text)), (8 + length, parse_header(str(path), text))
 
 
 def safetensors(
@@ -400,7 +406,7 @@ def gguf_parts(paths: Sequence[Path], source: str, known: Mapping[Path, GgufHead
     for number, part in enumerate(paths):
         header = (known or {}).get(part) or read_header(part)
         kvs = header.kvs if number == 0 else kvs
-        files.append(SourceFile(part, part.stat().st_size))
+        files.append(SourceFile(part, part.stat().st_size, header.digest))
         for t in header.tensors:
             if t.name in tensors:
                 other = files[tensors[t.name].file].path.name
@@ -430,7 +436,8 @@ def _split_paths(path: Path, header: GgufHeader) -> list[Path]:
 
 
 class Reader:
-    """Reads ranges of a checkpoint's files into the caller's buffers. Thread-safe; files are opened when first read."""
+    """Reads ranges of a checkpoint's files into the caller's buffers. Thread-safe; files are opened when first read,
+    and refused where their tensors may not be where they were."""
 
     def __init__(self, files: tuple[SourceFile, ...]) -> None:
         self.files = files
@@ -483,6 +490,10 @@ class Reader:
             fd = self._open.get(file)
             if fd is None:
                 fd = os.open(self.files[file].path, os.O_RDONLY | os.O_CLOEXEC)
+                known = self.files[file].header
+                if known is not None and digest_bytes(os.pread(fd, known.size, 0)) != known:
+                    os.close(fd)
+                    raise changed(self.files[file].path, "its header")
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 self._open[file] = fd

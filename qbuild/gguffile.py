@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import InputError
 from qbuild.ggml import BY_ID, QTYPES
 
@@ -59,10 +60,13 @@ class TensorInfo(NamedTuple):
 
 
 class GgufHeader(NamedTuple):
+    """``digest``: of the bytes up to the end of the last tensor's entry."""
+
     kvs: tuple[KV, ...]
     tensors: tuple[TensorInfo, ...]
     data_offset: int
     alignment: int
+    digest: Digest
 
 
 def _string(text: str | bytes) -> bytes:
@@ -319,7 +323,8 @@ def _parse(c: _Cursor, size: int) -> GgufHeader:
     alignment = decode_kv(kvs["general.alignment"]) if "general.alignment" in kvs else ALIGNMENT
     if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
         raise c.damaged(f"has the alignment {alignment!r}")
-    header = GgufHeader(tuple(kvs.values()), tensors, c.at + -c.at % alignment, alignment)
+    start, digest = c.at + -c.at % alignment, digest_bytes(memoryview(c.data)[: c.at])
+    header = GgufHeader(tuple(kvs.values()), tensors, start, alignment, digest)
     _check_places(c, header, size)
     return header
 

@@ -47,6 +47,24 @@ def edit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def test_weights_that_are_laid_out_anew_before_the_pass_are_not_read_where_they_were(
+    qbuild: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two matrices of one shape change places: without a look at the header, they would change names."""
+    path, run = folder / "tiny-llama" / "model.safetensors", worker.run
+
+    def replacing(job: worker.Job, on_event: worker.Emit) -> worker.Done:
+        if job.kind == "gguf.pass":
+            up, gate, other = b"layers.0.mlp.up_proj", b"layers.0.mlp.gate_proj", b"for a moment"
+            path.write_bytes(path.read_bytes().replace(up, other).replace(gate, up).replace(other, gate))
+        return run(job, on_event)
+
+    monkeypatch.setattr(worker, "run", replacing)
+    done = build(qbuild, folder, "target=gguf/bf16")
+    assert done.code == 4
+    assert done.error["fact"] == "its header changed after it was hashed"
+
+
 @contextmanager
 def edited_before(monkeypatch: pytest.MonkeyPatch, kind: str, path: Path) -> Iterator[None]:
     """``path`` changes when a job of ``kind`` is about to begin, and is what it was again afterwards."""

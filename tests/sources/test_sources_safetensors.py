@@ -294,9 +294,19 @@ def test_any_json_in_the_place_of_a_header_is_an_input_error_or_harmless(
 
 def test_reading_past_the_end_says_that_the_file_shrank(model: Path) -> None:
     found = open_path(model, "m")
-    (model / "model.safetensors").write_bytes(b"")
+    path, start = model / "model.safetensors", found.tensors["a"].offset
+    path.write_bytes(path.read_bytes()[:start])
     with Reader(found.files) as reader, pytest.raises(InputError, match="became shorter"):
-        reader.read_into(0, 10, memoryview(bytearray(4)))
+        reader.read_into(0, start, memoryview(bytearray(4)))
+
+
+def test_a_file_whose_tensors_are_elsewhere_now_is_not_read(model: Path) -> None:
+    found = open_path(model, "m")
+    shard(model / "model.safetensors", dict(reversed(GOOD.items())))
+    with Reader(found.files) as reader:
+        for _ in range(2):  # the second read finds the file open
+            with pytest.raises(InputError, match="its header changed after it was hashed"):
+                reader.read_into(0, found.tensors["a"].offset, memoryview(bytearray(4)))
 
 
 def test_ranges_are_read_exactly_and_counted(model: Path) -> None:
