@@ -3,7 +3,8 @@
     python benchmarks/bench_calibrated_build.py DIRECTORY --text wiki.valid.txt --shape 7b --device cuda
 
 It writes a Llama-shaped checkpoint of random weights into DIRECTORY, where it is not there yet, and builds one target
-after another into a new store: the first runs the forward pass, the others find its statistics.
+after another into a new store: the first runs the forward pass, the others find its statistics. Targets with a comma
+between them are one build: --targets awq/w4_g128,gptq/w4_g128.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     print("| target | job | seconds | RAM, MiB | predicted | VRAM, MiB | predicted |\n" + "| --- " * 7 + "|")
     for target in options.targets:
         out = options.directory / target.replace("/", "-")
-        words = [f"model.source={model}", f"target={target}", f"calibration.source={options.text}", f"out={out}"]
+        words = [f"model.source={model}", f"target=[{target}]", f"calibration.source={options.text}", f"out={out}"]
         words += [f"device={options.device}", f"store.dir={store}", *options.words, "format=json"]
         done = subprocess.run([sys.executable, "-m", "qbuild", *words], stdout=subprocess.PIPE, text=True)
         document = json.loads(done.stdout)
@@ -49,7 +50,10 @@ def main() -> None:
             keys = ("peak_ram", "predicted_ram", "peak_vram", "predicted_vram")
             sizes = " | ".join(str(job.get(key, 0) // MIB) for key in keys)
             print(f"| {target} | {label} | {job['seconds']:.1f} | {sizes} |", flush=True)
-        print(f"| {target} | all | {document['totals']['wall_seconds']:.1f} | | | | |", flush=True)
+        most = max(document["targets"].values(), key=lambda made: made["peak_ram"])
+        sizes = f"{most['peak_ram'] // MIB} | {most['predicted_ram'] // MIB}"
+        print(f"| {target} | all | {document['totals']['wall_seconds']:.1f} | {sizes} | | |", flush=True)
+        print(f"actions: {document['totals']['actions']}", flush=True)
 
 
 if __name__ == "__main__":

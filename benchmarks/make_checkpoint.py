@@ -1,4 +1,5 @@
-"""Write a Llama-shaped checkpoint of random bf16 weights, sharded: something of a real size to build from.
+"""Write a checkpoint of random bf16 weights, sharded: something of a real size to build from. Llama-shaped, with a
+large vocabulary too ("vocabulary"), and a mixture of experts ("experts", as Qwen3's).
 
     python benchmarks/make_checkpoint.py 7b DIRECTORY --tokenizer tests/data/tiny-llama
 
@@ -24,17 +25,25 @@ SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, vocabulary
     "3b": (26, 3200, 8640, 32, 32, 32000),
     "7b": (32, 4096, 11008, 32, 32, 32000),
     "13b": (40, 5120, 13824, 40, 40, 32000),
+    "vocabulary": (2, 1024, 2816, 16, 4, 151936),
+    "experts": (2, 1024, 2816, 16, 4, 32000),
 }
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 32, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512, "head_dim": 64, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}  # fmt: skip
 
 
 def configuration(shape: str) -> dict:
     layers, hidden, ff, heads, kv, vocab = SHAPES[shape]
-    return {
+    config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",
         "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": ff, "num_attention_heads": heads,
         "num_key_value_heads": kv, "vocab_size": vocab, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
+    return config | (EXPERTS if shape == "experts" else {})
 
 
 def pool(rng: np.random.Generator) -> np.ndarray:

@@ -36,7 +36,7 @@ from qbuild.lower import PARENT_RAM, WORKER_RAM
 from qbuild.recipe import Resolved
 from qbuild.vram import CONTEXT
 
-AFTER_ANOTHER = 192 << 20  # what the allocator keeps of the model measured before (measured: 151 MiB)
+AFTER_ANOTHER = 48 << 20  # what the allocator keeps of the model measured before (measured: 7 to 39 MiB)
 DOWNLOAD = 1e7  # bytes a second that pip downloads and unpacks, about
 BUILTIN_BYTES = 1 << 17  # of the text that comes with qbuild, about
 STARTING = 4.0  # seconds of a worker that loads torch
@@ -315,10 +315,10 @@ class _Planner:
             return extent.device_propagation(config, self.shapes, self.model, step)
         return extent.Device(self.torch + extent.propagation_ram(config, self.shapes, self.model, step), 0)
 
-    def _solving(self, layer: extent.LayerShape, rounding: str) -> extent.Device:
+    def _solving(self, layer: extent.LayerShape, rounding: str, threads: int) -> extent.Device:
         if self.cuda:
             return extent.device_solve(layer, rounding)
-        return extent.Device(self.torch + extent.solve_ram(layer), 0)
+        return extent.Device(self.torch + extent.solve_ram(layer, rounding, threads), 0)
 
     def _step(self, samples: int, threads: int, spill: bool) -> shapes.Step:
         wanted, gram = self.resolved.config.calibration, self.calibration.detail == "gram"
@@ -326,10 +326,14 @@ class _Planner:
 
     def solve(self, todo: list[Action]) -> Step:
         layers = [(self.model.layers[a.params.layer], a.params) for a in todo]
-        needs = max(
-            (self._solving(layer, params.rounding) for layer, params in layers),
-            key=lambda found: (found.vram, found.ram),
-        )
+
+        def needed(threads: int) -> extent.Device:
+            found = (self._solving(layer, params.rounding, threads) for layer, params in layers)
+            return max(found, key=lambda one: (one.vram, one.ram))
+
+        ways = [*_halved(self._threads)]
+        threads = next((way for way in ways if needed(way).ram <= self.room), ways[-1])
+        needs = needed(threads)
         label = f"quantizing {len(todo)} layers"
         self._check_device(label, needs, {})
         work = sum(layer.solve_flops(params.rounding, scaled=params.scaled) for layer, params in layers)
@@ -338,11 +342,11 @@ class _Planner:
             label,
             count=len(todo),
             ram=needs.ram,
-            seconds=STARTING + work / self.rate(solve.KIND, self._threads),
+            seconds=STARTING + work / self.rate(solve.KIND, threads),
             disk=sum(layer.code_bytes(params.bits, params.group_size) for layer, params in layers),
             vram=self._held(needs),
             read=sum(self._bytes(layer.tensors) for layer, _ in layers),
-            threads=self._threads,
+            threads=threads,
             work=work,
         )
 

@@ -30,7 +30,12 @@ __all__ = [
 
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|word_embeddings\w*)(\.|$)")
 SMALL = 96 << 20  # of one phase's small tensors that the allocator keeps through the next
-TORCH_RAM = 330 << 20  # a worker with torch and transformers loaded, a model built without weights
+TORCH_RAM = 264 << 20  # a worker with torch and its linear algebra loaded, small tensors (measured: 236 to 255)
+TRIED_SCALES, TRIED_ROWS = 20, 1024  # by the search of AWQ's scales, on so many rows of a linear
+SOLVED_WEIGHTS, SOLVED_ROWS = 1 << 21, 256  # that a thread rounds at a time: rows of so many weights, not fewer rows
+SWEEPS = 3  # of coordinate descent
+TRIED_COPIES, ROUNDED_COPIES, CLIPPED_COPIES = 6, 8, 20  # float32, of the rows that threads are at, freed ones too
+FACTORED_COPIES = 6  # float32, of the widest Gram matrix
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,22 @@ class LayerShape:
 
     def flops(self, detail: str) -> float:
         """Of one token through the layer, with its statistics."""
-        grams = sum(2.0 * n * n for n in self.inputs) if detail == "gram" else 0.0
+        grams = sum(float(n * n) for n in self.inputs) if detail == "gram" else 0.0  # a triangle
         return 2.0 * self.weights + grams
 
     def propagation_flops(self) -> float:
         """Of one token through the layer of the source and twice of the quantized model, with what is summed."""
-        return 6.0 * self.weights + sum(4.0 * n * n for n in self.inputs)
+        return 6.0 * self.weights + sum(3.0 * n * n for n in self.inputs)
 
     def solve_flops(self, rounding: str, *, scaled: bool) -> float:
-        """Of quantizing the layer: GPTQ carries every column's error to all that follow, AWQ tries scales."""
-        carried = sum(out * cols * cols + cols**3 for out, cols in self.sizes) if rounding == "gptq" else 0
-        tried = sum(2.0 * TRIED_SCALES * out * cols * cols for out, cols in self.sizes) if scaled else 0.0
+        """Of quantizing the layer: AWQ tries scales on some rows; GPTQ carries every column's error to all that follow,
+        each sweep of its descent multiplies with the Gram matrix, and an input's matrix is factored once."""
+        carried, tried = 0.0, 0.0
+        if rounding == "gptq":
+            carried = sum((1.0 + 2 * SWEEPS) * out * cols * cols for out, cols in self.sizes)
+            carried += sum(4 / 3 * cols**3 for cols in self.inputs)
+        if scaled:
+            tried = sum(2.0 * TRIED_SCALES * min(out, TRIED_ROWS) * cols * cols for out, cols in self.sizes)
         return carried + tried
 
     def code_bytes(self, bits: int, group_size: int) -> int:
@@ -78,9 +88,6 @@ class LayerShape:
             groups = 1 if group_size == -1 else -(-cols // group_size)
             total += out * cols * (bits if bits in (2, 4) else 8) // 8 + 3 * out * groups
         return total
-
-
-TRIED_SCALES = 20
 
 
 @dataclass(frozen=True)
@@ -137,16 +144,26 @@ def _reverse(
     return max(shapes.reverse_footprint(config, tensors, model.prefix, layer, step) for layer in layers)
 
 
-def solve_ram(layer: LayerShape) -> int:
-    """Predicted peak bytes of the worker that quantizes a layer."""
-    return TORCH_RAM + layer.statistics_bytes("gram") + _solving(layer)
+def solve_ram(layer: LayerShape, rounding: str, threads: int) -> int:
+    """Predicted peak bytes of the worker that quantizes a layer; ``rounding``: gptq or nearest."""
+    return TORCH_RAM + layer.statistics_bytes("gram") + _solving(layer, rounding, threads)
 
 
-def _solving(layer: LayerShape) -> int:
-    """Weights as they are stored and as float32, Gram matrices, and what the widest and the largest linear take."""
-    widest = max(cols for _, cols in layer.sizes)
-    largest = max(out * cols for out, cols in layer.sizes)
-    return 6 * layer.weights + shapes.gram_bytes(layer.linears) + 4 * (4 * widest * widest + 6 * largest)
+def _solving(layer: LayerShape, rounding: str, threads: int) -> int:
+    """Weights as they are stored, as float32 and as codes, a byte of each lost between them, Gram matrices, and the
+    larger of what follows one another: scales that are tried, a thread each, or a matrix that is factored, and rows
+    that threads round by it."""
+    tried = threads * TRIED_COPIES * max(min(out, TRIED_ROWS) * cols for out, cols in layer.sizes)
+    copies = ROUNDED_COPIES if rounding == "gptq" else CLIPPED_COPIES
+    rounded = copies * max(_in_hand(out, cols, threads) for out, cols in layer.sizes)
+    factored = FACTORED_COPIES * max(cols for _, cols in layer.sizes) ** 2 if rounding == "gptq" else 0
+    return 8 * layer.weights + shapes.gram_bytes(layer.linears) + 4 * max(tried, factored + rounded)
+
+
+def _in_hand(out: int, cols: int, threads: int) -> int:
+    """Weights of a linear whose rows are rounded at the same time."""
+    rows = max(SOLVED_ROWS, SOLVED_WEIGHTS // cols)
+    return min(out, threads * rows) * cols
 
 
 def propagation_ram(
@@ -157,7 +174,7 @@ def propagation_ram(
     found = []
     for layer in model.layers:
         comparing = shapes.comparison_footprint(config, tensors, model.prefix, layer.index, step)
-        solving = _solving(layer) + shapes.gram_bytes(layer.linears) + layer.weights
+        solving = _solving(layer, "gptq", step.threads) + shapes.gram_bytes(layer.linears)
         found.append(max(comparing, solving) + min(comparing, solving, SMALL))
     return shapes.BASE + shapes.held_states(config, step, 2) + max(found)
 
@@ -217,4 +234,4 @@ def _solving_device(layer: LayerShape, rounding: str) -> int:
     widest = max(cols for _, cols in layer.sizes)
     tried = 26 * max(out * cols for out, cols in layer.sizes)
     factored = 4 * 7 * widest * widest if rounding == "gptq" else 0
-    return 7 * layer.weights + shapes.gram_bytes(layer.linears) + max(tried, factored)
+    return 8 * layer.weights + shapes.gram_bytes(layer.linears) + max(tried, factored)

@@ -21,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 from qbuild.calibration.collect import Collector
 from qbuild.calibration.curvature import Curvature, Term
 from qbuild.calibration.forward import Layer, Streamed
-from qbuild.calibration.run import give_back_freed_memory, trim
 from qbuild.calibration.shapes import Linear, linears
 from qbuild.calibration.weights import Read
 from qbuild.errors import InputError, StoreError
 from qbuild.fsutil import disk_error, read_exact, write_all
+from qbuild.heap import settle, trim
 
 __all__ = ["Pass", "measure"]
 
@@ -114,7 +114,7 @@ def _stacked(parts: Mapping[int, Term], shape: Sequence[int]) -> Term:
 def measure(task: Pass, read: Read, progress: Progress) -> Curvature:
     """Run the pass. Raises InputError for a model that cannot be run or whose gradients cannot be used."""
     torch.set_num_threads(1)  # as in a calibration: windows are split over threads, sums are not
-    give_back_freed_memory()
+    settle()
     model = Streamed(task.config, task.tensors, read, device=task.device, dtype=task.dtype)
     windows = torch.from_numpy(task.tokens.astype(np.int64))
     found = _Found(windows.numel())

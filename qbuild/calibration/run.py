@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,21 +20,18 @@ from qbuild.calibration.shapes import TOGETHER_CUDA, linears
 from qbuild.calibration.states import States
 from qbuild.calibration.statistics import Statistics
 from qbuild.calibration.weights import Read
+from qbuild.heap import settle
 
 __all__ = [
     "Pass",
     "Save",
     "calibrate",
     "collector_of",
-    "give_back_freed_memory",
     "started",
     "states_of",
     "through",
-    "trim",
     "watched",
 ]
-
-M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 Save = Callable[[int, bytearray, float], None]  # layer, Statistics.to_bytes(), seconds of work
 
@@ -87,7 +83,7 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
 def started(task: Pass, read: Read) -> Iterator[tuple[Streamed, Executor]]:
     """The model of a pass, and the threads that its windows are spread over."""
     torch.set_num_threads(1)  # how a product is split over threads changes its last bits: windows are split instead
-    give_back_freed_memory()
+    settle()
     model = Streamed(task.config, task.tensors, read, device=task.device, dtype=task.dtype)
     with ThreadPoolExecutor(task.threads if task.device == "cpu" else 1) as pool:
         yield model, pool
@@ -139,17 +135,3 @@ def _measured(task: Pass, model: Streamed, index: int, states: States, pool: Exe
 
         states.advance(run)
     return collector.statistics()
-
-
-def give_back_freed_memory() -> None:
-    """glibc raises the size above which memory goes back to the system when freed, up to 32 MiB: weights would stay."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 4 << 20)
-
-
-def trim() -> None:
-    """Give back what lies free between blocks in use: gradients leave MBs with every layer (240 in 30)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)

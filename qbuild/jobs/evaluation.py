@@ -20,6 +20,7 @@ from qbuild.errors import StoreError
 from qbuild.evaluation import readers
 from qbuild.evaluation import run as evaluator
 from qbuild.evaluation.readers import Tensors
+from qbuild.heap import trim
 from qbuild.jobs import Emit, needed
 from qbuild.store import Store
 
@@ -53,6 +54,7 @@ def run(task: Task, store: Store, emit: Emit) -> dict[str, Digest]:
             cache.put(target.key, ActionResult(RESULT, (made[target.name],), spent, about=about))
             del model
             gc.collect()  # hooks of a model are in cycles, and its tensors with them
+            trim()
             progress(number, target.name)
     return made
 

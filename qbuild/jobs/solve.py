@@ -17,6 +17,7 @@ from qbuild.calibration.families import layer_prefix
 from qbuild.calibration.statistics import Statistics
 from qbuild.calibration.triangle import square
 from qbuild.digest import Digest
+from qbuild.heap import settle
 from qbuild.jobs import Emit, needed
 from qbuild.jobs.tensors import Tensors
 from qbuild.quant import layer
@@ -34,6 +35,7 @@ _Loaded = tuple[Statistics, dict[str, torch.Tensor]]  # the layer's tensors as t
 def run(task: Task, store: Store, emit: Emit) -> Made:
     """Solve every item in turn, one layer in memory. Each result is cached at once."""
     torch.set_num_threads(task.threads)
+    settle(16 << 20, 64 << 20)  # smaller blocks come and go thousands of times in a layer, and stay
     cache, began = ActionCache(store), time.monotonic()
     made: dict[str, Digest] = {}
     prefix = layer_prefix(task.checkpoint.config, task.checkpoint.tensors)
@@ -43,13 +45,14 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
             return Statistics.from_bytes(needed(store, item.statistics)), {name: read(name) for name in item.tensors}
 
         start = time.monotonic()
-        for number, (item, loaded) in enumerate(_loaded(task.items, load), start=1):
+        for item, loaded in _loaded(task.items, load):
             solved = _solve(item, task, f"{prefix}{item.params.layer}.", *loaded)
             made[item.id] = store.put_bytes(solved.to_bytes())
             cache.put(item.key, ActionResult(KIND, (made[item.id],), time.monotonic() - start))
-            times = {"read": 0.0, "hash": time.monotonic() - began}
+            number, times = len(made), {"read": 0.0, "hash": time.monotonic() - began}
             current = f"layer {item.params.layer}"
             emit({"event": "progress", "tensors": number, "bytes": number, "current": current, "seconds": times})
+            del loaded, solved  # before the next is read
             start = time.monotonic()
     return Made(made, read.reader.bytes_read)
 

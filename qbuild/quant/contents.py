@@ -15,7 +15,7 @@ from qbuild.quant.shapes import ITEM_SIZES, Scheme
 
 __all__ = ["Contents"]
 
-CHUNK = 1 << 22  # items of a plain tensor that are in memory at once
+CHUNK = 1 << 20  # items of a plain tensor that are in memory at once
 
 
 class Contents:

@@ -56,13 +56,20 @@ def curvature(gram: torch.Tensor, size: int, order: str, damping: float) -> Curv
     columns, plain = _order(diagonal, size, order), diagonal.clone()
     for _ in range(RETRIES):
         diagonal.copy_(plain + damping * plain.mean())
-        lower, failed = torch.linalg.cholesky_ex(hessian[columns[:, None], columns])
-        if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return Curvature(hessian, columns, factor)
+        factor = _factored(hessian, columns)
+        if factor is not None:
+            return Curvature(hessian, columns, factor)
         damping *= 10
     raise ActionFailed("gptq", *UNFIT)
+
+
+def _factored(hessian: torch.Tensor, columns: torch.Tensor) -> torch.Tensor | None:
+    """The factor of ``Curvature``; None where the matrix is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(hessian[columns[:, None], columns])
+    if failed:
+        return None
+    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if failed else factor
 
 
 def gptq(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qbuild.heap import trim
 from qbuild.quant.codes import Codes, Solved
 from qbuild.quant.families import Group
 from qbuild.quant.gptq import columns_of, curvature, rounded, toward
@@ -61,6 +62,7 @@ def _solve(
         if known is not None and known.drift is not None:
             work[f"{name}.weight"] = toward(work[f"{name}.weight"], known.gram, known.drift, params.damping)
     scales = _scaled(work, tensors, seen, groups, params.grid, team) if params.scaled else {}
+    trim()  # what threads have freed stays with them, and what follows is this one's
     codes: dict[str, Codes] = {}
     for group in groups:
         codes |= _coded(group, work, seen, scales.get(group.linears[0]), params, team)
@@ -81,14 +83,20 @@ def _scaled(
     scales: dict[str, torch.Tensor] = {}  # the same of all linears of a group
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     for group in groups:
-        known = [(work[f"{name}.weight"], found) for name in group.linears if (found := seen(name)) is not None]
-        if group.producer is None or not known:
-            continue
-        weights, inputs = zip(*known, strict=True)
-        scale = search(weights, inputs, group, grid, team)
+        scale = _best_scale(group, work, seen, grid, team)
         if scale is not None:
             scales |= dict.fromkeys(group.linears, fold(work, group, scale, dtypes))
     return scales
+
+
+def _best_scale(
+    group: Group, work: Mapping[str, torch.Tensor], seen: Callable[[str], Seen | None], grid: Grid, team: Team
+) -> torch.Tensor | None:
+    known = [(work[f"{name}.weight"], found) for name in group.linears if (found := seen(name)) is not None]
+    if group.producer is None or not known:
+        return None
+    weights, inputs = zip(*known, strict=True)
+    return search(weights, inputs, group, grid, team)
 
 
 def _coded(

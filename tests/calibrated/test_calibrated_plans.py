@@ -60,6 +60,14 @@ def test_fewer_windows_are_run_at_once_where_even_that_does_not_fit(plan: Any) -
     assert 1 < tight["threads"] < 16
 
 
+def test_fewer_rows_are_quantized_at_once_where_that_fits(plan: Any) -> None:
+    words = "model=llama7b", "target=awq/w4_g128"
+    roomy, tight = (steps(plan(*words, f"budget.ram={ram}"))["quant.layer"] for ram in ("8GiB", "6GiB"))
+    assert (roomy["threads"], tight["ram"] < 6 * GIB) == (16, True)
+    assert 1 < tight["threads"] < 16
+    assert tight["seconds"] > roomy["seconds"]
+
+
 def test_a_refusal_names_the_step_that_needs_most_and_its_remedies_work(qbuild: Run) -> None:
     words = ["plan", "model=llama7b", "target=imatrix", "calibration.samples=1024", "calibration.spill=false"]
     words += ["budget.ram=3GiB", "budget.disk=200GiB", "budget.threads=2", "format=json"]
