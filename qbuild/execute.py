@@ -75,15 +75,15 @@ def _check_unchanged(judge: Judge, made: Plan, asked: list[str]) -> None:
     another digest: raises InputError."""
     if not asked:
         return
-    for path, small in judge.small.items():
-        if made.files.get(path, small) != small:
-            raise changed(small.path)
+    for path in judge.small.keys() | made.files.keys():  # one may have come, or gone
+        if judge.small.get(path) != made.files.get(path):
+            raise changed(Path(path))
     before = judge.checkpoint()
     for name, tensor in before.tensors.items():
         now = made.resolved.checkpoint.tensors.get(name)
         if now is None or now.digest is None or now.digest != tensor.digest:
             raise changed(before.files[tensor.file].path, name)
-    raise RuntimeError(f"BUG: {', '.join(asked)} was made, and is still asked for")
+    raise StoreError(str(made.store.root), f"{asked[0]} was made, and is gone", "run again: it is made anew")
 
 
 def _sound_plan(planned: Callable[[], Plan], sink: Sink) -> Plan:

@@ -148,6 +148,22 @@ def test_every_job_looks_at_what_it_reads(
     assert made["digest"] == anew["digest"]
 
 
+@pytest.mark.slow
+def test_a_text_that_joins_a_folder_during_the_pass_is_told(
+    qbuild: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, run = folder / "texts", worker.run
+    texts.mkdir()
+    (folder / "text.txt").rename(texts / "a.txt")
+
+    def adding(job: worker.Job, on_event: worker.Emit) -> worker.Done:
+        (texts / "b.txt").write_text("one more")
+        return run(job, on_event)
+
+    monkeypatch.setattr(worker, "run", adding)
+    refused(build(qbuild, folder, "target=imatrix", f"calibration.source={texts}"), texts / "b.txt")
+
+
 @pytest.mark.parametrize("name", ["text.txt", pytest.param("tiny-llama/model.safetensors", marks=pytest.mark.slow)])
 def test_a_file_that_is_edited_when_it_is_not_read_any_more_ends_the_build_with_an_error_and_loses_nothing(
     qbuild: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
