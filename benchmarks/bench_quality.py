@@ -57,10 +57,13 @@ def peer(tool: str, driver: Path, *, symmetric: bool, **settings: object) -> Job
 LLM_COMPRESSOR, AUTO_ROUND = HERE / "peers" / "llmcompressor.py", HERE / "peers" / "auto_round.py"
 V2 = "targets.gptq_w4_g64.symmetric=false", "targets.gptq_w4_g64.layout=gptq_v2"
 PLAIN = "targets.gptq_w4_g64.scaled=false"
+BF16 = "calibration.dtype=bfloat16"  # as the other tools compute
 JOBS = {
     "qbuild-awq": qbuild("awq/w4_g64"),
+    "qbuild-awq-bf16": qbuild("awq/w4_g64", BF16),
     "qbuild-awq-nearest": qbuild("awq/w4_g64", "targets.awq_w4_g64.rounding=nearest"),
     "qbuild-gptq": qbuild("gptq/w4_g64", symmetric=True),
+    "qbuild-gptq-bf16": qbuild("gptq/w4_g64", BF16, symmetric=True),
     "qbuild-gptq-plain": qbuild("gptq/w4_g64", PLAIN, symmetric=True),
     "qbuild-gptq-asym": qbuild("gptq/w4_g64", *V2),
     "qbuild-gptq-asym-plain": qbuild("gptq/w4_g64", PLAIN, *V2),

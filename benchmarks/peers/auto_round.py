@@ -21,4 +21,8 @@ def quantize(request: dict[str, Any]) -> None:
         dataset=batches, iters=request["iters"], nsamples=len(tokens), seqlen=tokens.shape[1], batch_size=8,
         device_map="cpu",
     )  # fmt: skip
-    quantizer.quantize_and_save(request["out"], format="auto_gptq" if request["symmetric"] else "auto_awq")
+    out = Path(request["out"])
+    quantizer.quantize_and_save(str(out), format="auto_gptq" if request["symmetric"] else "auto_awq")
+    (folder,) = out.iterdir()  # it makes one inside, named after the model's folder
+    for path in folder.iterdir():
+        path.rename(out / path.name)

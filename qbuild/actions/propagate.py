@@ -13,7 +13,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "quant.propagated"
-SALT = 4
+SALT = 5
 VERSIONS = ("torch", "transformers")
 
 

@@ -11,7 +11,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "calibration.statistics"
-SALT = 2
+SALT = 3
 VERSIONS = ("torch", "transformers")
 
 

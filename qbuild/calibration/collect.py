@@ -28,6 +28,10 @@ class _Sums:
 
     A Gram entry is a sum of as many float32 terms as there are windows, each a product of matrices over one window.
     ``drift`` is Xᵀ(X' − X), X' what the source reads in the same place.
+
+    Products in bfloat16, twice as fast on a CPU that has them, are also rounded to it. So what is summed is by how much
+    each window differs from the first one, a token's mean of which is in ``usual``, by rows from a start on: columns
+    that are always large together would not be a positive definite matrix any more (tests/calibration).
     """
 
     shared: set[str]
@@ -36,9 +40,10 @@ class _Sums:
     gram: torch.Tensor | None
     drift: torch.Tensor | None = None
     count: int = 0
+    usual: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add_moments(self, windows: Sequence[torch.Tensor]) -> None:
-        for x in windows:
+        for x in map(torch.Tensor.float, windows):
             self.count += len(x)
             self.diagonal += x.square().sum(0)
             self.absolute += x.abs().sum(0)
@@ -46,8 +51,19 @@ class _Sums:
     def add_rows(self, gram: torch.Tensor, start: int, windows: Sequence[torch.Tensor]) -> None:
         """Some rows of the Gram matrix, right of the diagonal: the upper triangle is enough, and half the work."""
         for x in windows:
-            rows = _block(x)
-            gram[start : start + rows, start:].addmm_(x[:, start : start + rows].T, x[:, start:])
+            some, rest = x[:, start : start + _block(x)].T, x[:, start:]
+            into = gram[start : start + len(some), start:]
+            if x.dtype == gram.dtype:
+                into.addmm_(some, rest)
+                continue
+            if start not in self.usual:
+                self.usual[start] = (some.float() @ rest.float()).div_(len(x)).to(x.dtype)
+            into.add_(torch.addmm(self.usual[start], some, rest, beta=-len(x)))
+
+    def add_usual(self, gram: torch.Tensor) -> None:
+        """What all windows have in common, which the sum lacks."""
+        for start, usual in self.usual.items():
+            gram[start : start + len(usual), start:].add_(usual.float(), alpha=self.count)
 
     def add_drift(
         self, drift: torch.Tensor, start: int, windows: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]
@@ -182,13 +198,15 @@ class Collector:
             done.result()
 
     def _windows(self, watches: Sequence[Watch]) -> dict[str, list[torch.Tensor]]:
-        """float32 [tokens, n] of each window by the input's name."""
+        """[tokens, n] of each window by the input's name: bfloat16 in a pass of that kind on a CPU, else float32."""
         windows: dict[str, list[torch.Tensor]] = {}
         for found in (found for watch in watches for found in watch.found):
             name = found.names[0]
             if found.x._version != found.version:
                 raise InputError(f"layer {self.layer}", f"the input of {name} is overwritten after it was read", UNFIT)
-            x = found.x.reshape(-1, found.x.shape[-1]).float()
+            x = found.x.reshape(-1, found.x.shape[-1])
+            if self.length or x.device.type != "cpu":
+                x = x.float()
             if name not in self._sums:
                 self._sums[name] = self._empty(x)
             self._sums[name].shared.update(found.names)
@@ -273,6 +291,7 @@ class Collector:
             remedy = "values overflow in this layer or one before: check that the weights belong to this config.json"
             raise InputError(f"layer {self.layer}", fact, remedy)
         if sums.gram is not None:
+            sums.add_usual(sums.gram)
             sums.gram.diagonal().copy_(diagonal)
         mean_abs = (sums.absolute / sums.count).float()
         return Measured(name, tuple(sorted(sums.shared)), sums.count, sums.gram, diagonal, mean_abs, sums.drift)

@@ -31,7 +31,7 @@ __all__ = [
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|word_embeddings\w*)(\.|$)")
 SMALL = 96 << 20  # of one phase's small tensors that the allocator keeps through the next
 TORCH_RAM = 264 << 20  # a worker with torch and its linear algebra loaded, small tensors (measured: 236 to 255)
-TRIED_SCALES, TRIED_ROWS = 20, 1024  # by the search of AWQ's scales, on so many rows of a linear
+TRIED_SCALES, TRIED_ROWS = 9, 1024  # by the search of AWQ's scales, on so many rows of a linear
 SOLVED_WEIGHTS, SOLVED_ROWS = 1 << 21, 256  # that a thread rounds at a time: rows of so many weights, not fewer rows
 SWEEPS = 3  # of coordinate descent
 TRIED_COPIES, ROUNDED_COPIES, CLIPPED_COPIES = 6, 8, 20  # float32, of the rows that threads are at, freed ones too
@@ -155,9 +155,16 @@ def _solving(layer: LayerShape, rounding: str, threads: int) -> int:
     that threads round by it."""
     tried = threads * TRIED_COPIES * max(min(out, TRIED_ROWS) * cols for out, cols in layer.sizes)
     copies = ROUNDED_COPIES if rounding == "gptq" else CLIPPED_COPIES
-    rounded = copies * max(_in_hand(out, cols, threads) for out, cols in layer.sizes)
+    stacks = [size for size in _stacked(layer) if prod(size) <= shapes.STACKED] if rounding == "gptq" else []
+    rounded = copies * max(_in_hand(out, cols, threads) for out, cols in (*layer.sizes, *stacks))
     factored = FACTORED_COPIES * max(cols for _, cols in layer.sizes) ** 2 if rounding == "gptq" else 0
     return 8 * layer.weights + shapes.gram_bytes(layer.linears) + 4 * max(tried, factored + rounded)
+
+
+def _stacked(layer: LayerShape) -> list[tuple[int, int]]:
+    """(out, in) of all that read one input."""
+    groups = shapes.shared_inputs(layer.linears)
+    return [(sum(linear.outputs for linear in group), group[0].inputs) for group in groups]
 
 
 def _in_hand(out: int, cols: int, threads: int) -> int:

@@ -14,6 +14,7 @@ __all__ = [
     "BASE",
     "BASE_CUDA",
     "BASE_DEVICE",
+    "STACKED",
     "Linear",
     "Step",
     "comparison_footprint",
@@ -33,6 +34,7 @@ BASE_CUDA = 860 << 20  # the same with a torch that was built for CUDA, used or 
 BASE_DEVICE = 1560 << 20  # and with a CUDA device in use
 CUBLAS = 192 << 20  # workspaces on the device
 TOGETHER_CUDA = 8  # windows whose inputs are summed together on a device: in the bytes, so it is no setting
+STACKED = 1 << 21  # weights of linears of one input that are rounded as one matrix, at most
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 ACTIVATIONS_HIDDEN, ACTIVATIONS_WIDE = 4, 3  # tensors of a window alive at once, of these widths
 BACK_HIDDEN, BACK_WIDE = 16, 8  # the same where a layer's activations are kept for its gradients
@@ -133,7 +135,8 @@ def forward_footprint(
     embedding = step.stored * max((prod(s) for name, s in tensors.items() if not name.startswith(prefix)), default=0)
     alive = min(step.threads, step.windows) * parts.alive  # a window a thread
     working = parts.weights + max(alive, parts.reading) + parts.grams
-    return step.base + held_states(config, step) + max(working, parts.saving, embedding)
+    usual = 0 if step.dtype == "float32" else parts.grams * 3 // 8  # half of a matrix in bfloat16, and whole blocks
+    return step.base + held_states(config, step) + max(working + usual, parts.saving + usual, embedding)
 
 
 def device_ram(tensors: Mapping[str, tuple[int, ...]], step: Step) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors.torch import load, save
@@ -33,6 +33,11 @@ class Codes:
         if self.groups_of is not None:
             return self.groups_of.long()
         return torch.arange(self.codes.shape[1]) // self.group_size
+
+    def split(self, rows: Sequence[int]) -> list[Codes]:
+        """Parts of so many rows."""
+        parts = zip(*(values.split(list(rows)) for values in (self.codes, self.scales, self.zeros)), strict=True)
+        return [replace(self, codes=codes, scales=scales, zeros=zeros) for codes, scales, zeros in parts]
 
     def dequantize(self) -> torch.Tensor:
         """float32 [out, in]."""

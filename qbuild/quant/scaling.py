@@ -7,7 +7,7 @@ tr((W-Ŵ) G (W-Ŵ)ᵀ) with the Gram matrix G = XᵀX: the same number as over t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,9 +19,11 @@ from qbuild.quant.team import Team
 
 __all__ = ["Seen", "fold", "gram_loss", "search"]
 
-EXPONENTS = 20  # tried powers of the mean magnitude: 0, 0.05, …
+EXPONENTS = 20  # powers of the mean magnitude to choose from: 0, 0.05, …
+STRIDES = 4, 2, 1  # between those that are tried, first of all, then around the best
 LEAST = 1e-4
 ROWS = 1024  # of a linear, evenly chosen, tell which scale is best
+BLOCK, BLOCKS = 256, 16  # columns of a product in a loss, and how many there are at most
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,20 @@ class Seen:
 
 
 def gram_loss(difference: torch.Tensor, gram: torch.Tensor) -> float:
-    """tr(D G Dᵀ) of D [out, in]: the squared error of the outputs, summed over outputs and tokens."""
-    return float(((difference @ gram) * difference).sum())
+    """tr(D G Dᵀ) of D [out, in]: the squared error of the outputs, summed over outputs and tokens.
+
+    G [in, in] is symmetric: its blocks below the diagonal count twice, and those above need no product.
+    """
+    columns = len(gram)
+    size = max(BLOCK, -(-columns // BLOCKS))
+    lost = []
+    for start in range(0, columns, size):
+        own = slice(start, start + size)
+        outputs = difference[:, own] @ gram[own, own]
+        if start + size < columns:
+            outputs.addmm_(difference[:, start + size :], gram[start + size :, own], alpha=2)
+        lost.append(outputs.mul_(difference[:, own]).sum())
+    return float(sum(lost))
 
 
 def search(
@@ -55,14 +69,27 @@ def search(
         lost = (gram_loss(w - nearest(w * scale, grid) / scale, one.gram) for w, one in zip(some, seen, strict=True))
         return sum(each * len(weight) / len(w) for each, weight, w in zip(lost, weights, some, strict=True))
 
-    scales = [torch.ones_like(magnitudes)]
-    for step in range(1, EXPONENTS):
-        scale = magnitudes.pow(step / EXPONENTS).clamp(min=LEAST)
-        scales.append(scale / (scale.max() * scale.min()).sqrt())
+    def scale(step: int) -> torch.Tensor:
+        if not step:
+            return torch.ones_like(magnitudes)
+        power = magnitudes.pow(step / EXPONENTS).clamp(min=LEAST)
+        return power / (power.max() * power.min()).sqrt()
+
     with _tensor_cores():
-        losses = team.map(loss, scales)
-    best = min(range(EXPONENTS), key=losses.__getitem__)
-    return scales[best] if best else None
+        best = _least(lambda steps: team.map(loss, map(scale, steps)))
+    return scale(best) if best else None
+
+
+def _least(losses: Callable[[Sequence[int]], Sequence[float]]) -> int:
+    """The exponent's number with the least loss: of a coarse choice, then of the best one's neighbours."""
+    known: dict[int, float] = {}
+    best = 0
+    for stride in STRIDES:
+        tried = range(0, EXPONENTS, stride) if not known else (best - stride, best + stride)
+        fresh = [step for step in tried if 0 <= step < EXPONENTS and step not in known]
+        known |= zip(fresh, losses(fresh), strict=True)
+        best = min(known, key=lambda step: (known[step], step))
+    return best
 
 
 @contextmanager

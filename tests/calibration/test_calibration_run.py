@@ -19,7 +19,7 @@ from qbuild.calibration.collect import Collector
 from qbuild.calibration.forward import Streamed
 from qbuild.calibration.run import Pass, calibrate
 from qbuild.calibration.statistics import Input, Statistics
-from qbuild.calibration.triangle import square
+from qbuild.calibration.triangle import mirror, square
 from qbuild.errors import InputError
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
@@ -131,6 +131,26 @@ def test_a_gram_matrix_is_that_of_the_recorded_activations(
                 np.testing.assert_allclose(found.mean_abs, np.abs(X).mean(0), rtol=1e-5)
 
 
+def test_columns_that_are_always_large_leave_a_gram_matrix_in_bfloat16_positive() -> None:
+    """Each product is rounded to 1/256 of itself, in every window alike: plain sums have an eigenvalue of -0.4."""
+    torch.manual_seed(0)
+    weight = torch.empty(8, 300, dtype=torch.bfloat16)
+    collector, total = Collector(0, {"w": (weight, ("w.weight",))}, ["w"], True), torch.zeros(300, 300).double()
+    with ThreadPoolExecutor(1) as pool:
+        for tokens in (512, 512, 200, 700, 512, 512):  # experts get other numbers of tokens
+            x = torch.randn(tokens, 300)
+            x[:, 3], x[:, 280], x[0, 7], x[0, 270] = 30, 21, 500, 333
+            with collector.watch() as watch:
+                torch.nn.functional.linear(x.bfloat16(), weight)
+            collector.add([watch], pool)
+            total += x.bfloat16().double().T @ x.bfloat16().double()
+    (found,) = collector.measured()
+    assert found.gram is not None
+    gram, scale = mirror(found.gram).double(), total.diagonal().rsqrt()
+    assert ((gram - total) * scale * scale[:, None]).abs().max() < 5e-4
+    assert torch.linalg.eigvalsh(gram).min() > -0.005 * total.diagonal().mean()
+
+
 def test_linears_that_read_the_same_tensor_share_one_input(task: Pass, tensors: Tensors) -> None:
     statistics = Statistics.from_bytes(saved(replace(task, last=0), tensors.read)[0])
     names = [tuple(linear.rpartition(".")[2] for linear in found.shared) for found in statistics.inputs]
@@ -142,8 +162,11 @@ def test_spilled_states_give_the_same_bytes(task: Pass, tensors: Tensors, tmp_pa
     assert in_memory == saved(replace(task, spill=True, states=tmp_path / "other"), tensors.read)
 
 
-@pytest.mark.parametrize("spill", [False, True])
-def test_any_number_of_threads_gives_the_same_bytes(task: Pass, tensors: Tensors, tmp_path: Path, spill: bool) -> None:
+@pytest.mark.parametrize(("spill", "dtype"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+def test_any_number_of_threads_gives_the_same_bytes(
+    task: Pass, tensors: Tensors, tmp_path: Path, spill: bool, dtype: str
+) -> None:
+    task = replace(task, dtype=dtype)
     alone = saved(task, tensors.read)
     assert alone == saved(replace(task, threads=2, spill=spill, states=tmp_path / "other"), tensors.read)
 

@@ -149,8 +149,9 @@ def test_a_group_of_zeros_and_one_of_tiny_weights_stay_finite() -> None:
     assert (made.scales != 0).all()
 
 
-def test_the_gram_loss_is_the_squared_error_of_the_outputs() -> None:
-    weight, x = weights(24, 96), inputs(96)
+@pytest.mark.parametrize("columns", [96, 640])  # of one block, and of blocks that are not all as wide
+def test_the_gram_loss_is_the_squared_error_of_the_outputs(columns: int) -> None:
+    weight, x = weights(24, columns), inputs(columns)
     difference = weight - nearest(weight, Grid(3, 32, False))
     direct = apply(x.double(), difference.double()).square().sum().item()
     assert gram_loss(difference, x.T @ x) == pytest.approx(direct, rel=1e-4)
@@ -321,6 +322,7 @@ def test_what_scaling_changed_comes_back_in_its_own_type() -> None:
 def test_the_number_of_threads_changes_no_byte_and_rows_need_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     params, before, made = Params(Grid(4, 32, False)), torch.get_num_threads(), []
     whole = layer(params)
+    monkeypatch.setattr("qbuild.quant.layer.STACKED", 0)  # each linear alone, not with those that share its input
     monkeypatch.setattr("qbuild.quant.team.TOGETHER", 0)
     monkeypatch.setattr("qbuild.quant.team.LEAST_ROWS", 16)
     for threads in (1, 3):
