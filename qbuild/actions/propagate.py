@@ -13,7 +13,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "quant.propagated"
-SALT = 5
+SALT = 6
 VERSIONS = ("torch", "transformers")
 
 

@@ -1,14 +1,13 @@
 """Loops over the columns of a block, each of which changes those that follow, in plain torch.
 
-Shapes are [columns, out]: each step reads and writes whole rows of memory. ``triton_columns`` has the same two loops
-for a CUDA device, where a launch for each of a hundred small operations a column is what would take the time.
+Shapes are [columns, out]: each step reads and writes whole rows of memory. They are taken apart before the loop: to
+index a tensor takes a third of the time of a subtraction. ``triton_columns`` has the same two loops for a CUDA device,
+where a launch for each of a hundred small operations a column is what would take the time.
 """
 
 from __future__ import annotations
 
 import torch
-
-from qbuild.quant.grid import quantize
 
 __all__ = ["recode", "round_block"]
 
@@ -27,10 +26,13 @@ def round_block(
     [columns] which row of ``scales`` and ``zeros`` [groups, out] each takes.
     """
     codes, errors = torch.empty_like(block), torch.empty_like(block)
-    for at, group in enumerate(groups.tolist()):
-        codes[at], value = quantize(block[at], scales[group], zeros[group], top)
-        errors[at] = (block[at] - value) / local[at, at]
-        block[at + 1 :].addr_(local[at, at + 1 :], errors[at], alpha=-1)
+    grids = list(zip(scales.unbind(), zeros.unbind(), strict=True))
+    rows = zip(block.unbind(), codes.unbind(), errors.unbind(), local.unbind(), groups.tolist(), strict=True)
+    for at, (weights, code, error, row, group) in enumerate(rows):
+        scale, zero = grids[group]
+        torch.div(weights, scale, out=code).round_().add_(zero).clamp_(0, top)  # as ``grid.quantize``, in place
+        torch.sub(weights, torch.sub(code, zero, out=error).mul_(scale), out=error).div_(row[at])
+        block[at + 1 :].addr_(row[at + 1 :], error, alpha=-1)
     return codes, errors
 
 
@@ -43,8 +45,9 @@ def recode(
     [columns, columns] is the group's part of the Hessian, ``scale`` and ``zero`` [out] its grid.
     """
     steps, slope, codes = (values / scale).round_(), slope / scale, torch.empty_like(values)
-    low, high = -zero, top - zero
-    for at, (step, curve) in enumerate(zip(steps, own.diagonal().tolist(), strict=True)):
-        torch.clamp(torch.sub(step, slope[at], alpha=1 / curve).round_(), low, high, out=codes[at])
-        slope[at + 1 :].addr_(own[at + 1 :, at], codes[at] - step)
+    low, high, change = -zero, top - zero, torch.empty_like(zero)
+    rows = zip(steps.unbind(), slope.unbind(), codes.unbind(), own.unbind(), own.diagonal().tolist(), strict=True)
+    for at, (step, tilt, code, row, curve) in enumerate(rows):
+        torch.sub(step, tilt, alpha=1 / curve, out=code).round_().clamp_(low, high)
+        slope[at + 1 :].addr_(row[at + 1 :], torch.sub(code, step, out=change))
     return codes.add_(zero)

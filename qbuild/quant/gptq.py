@@ -65,7 +65,7 @@ def curvature(gram: torch.Tensor, size: int, order: str, damping: float) -> Curv
 
 def _factored(hessian: torch.Tensor, columns: torch.Tensor) -> torch.Tensor | None:
     """The factor of ``Curvature``; None where the matrix is not positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(hessian[columns[:, None], columns])
+    lower, failed = torch.linalg.cholesky_ex(hessian.index_select(0, columns).index_select(1, columns))
     if failed:
         return None
     factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
