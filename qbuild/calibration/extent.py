@@ -34,7 +34,7 @@ TORCH_RAM = 264 << 20  # a worker with torch and its linear algebra loaded, smal
 TRIED_SCALES, TRIED_ROWS = 9, 1024  # by the search of AWQ's scales, on so many rows of a linear
 SOLVED_WEIGHTS, SOLVED_ROWS = 1 << 21, 256  # that a thread rounds at a time: rows of so many weights, not fewer rows
 SWEEPS = 3  # of coordinate descent
-TRIED_COPIES, ROUNDED_COPIES, CLIPPED_COPIES = 6, 8, 20  # float32, of the rows that threads are at, freed ones too
+TRIED_COPIES, ROUNDED_COPIES, CLIPPED_COPIES = 6, 8, 28  # float32, of the rows that threads are at, freed ones too
 FACTORED_COPIES = 6  # float32, of the widest Gram matrix
 
 

@@ -16,7 +16,7 @@ import torch
 
 from qbuild.calibration.collect import Collector, Watch
 from qbuild.calibration.forward import Layer, Streamed
-from qbuild.calibration.shapes import TOGETHER_CUDA, linears
+from qbuild.calibration.shapes import KEPT, TOGETHER_CUDA, linears
 from qbuild.calibration.states import States
 from qbuild.calibration.statistics import Statistics
 from qbuild.calibration.weights import Read
@@ -83,7 +83,7 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
 def started(task: Pass, read: Read) -> Iterator[tuple[Streamed, Executor]]:
     """The model of a pass, and the threads that its windows are spread over."""
     torch.set_num_threads(1)  # how a product is split over threads changes its last bits: windows are split instead
-    settle(top=64 << 20)  # what a window frees is for the next: to fault it in again was a tenth of a pass
+    settle(top=KEPT)  # what a window frees is for the next: to fault it in again was a tenth of a pass
     model = Streamed(task.config, task.tensors, read, device=task.device, dtype=task.dtype)
     with ThreadPoolExecutor(task.threads if task.device == "cpu" else 1) as pool:
         yield model, pool

@@ -14,6 +14,7 @@ __all__ = [
     "BASE",
     "BASE_CUDA",
     "BASE_DEVICE",
+    "KEPT",
     "STACKED",
     "Linear",
     "Step",
@@ -29,7 +30,7 @@ __all__ = [
     "state_bytes",
 ]
 
-BASE = 440 << 20  # torch for CPUs, transformers, and a model without weights
+BASE = 448 << 20  # torch for CPUs, transformers, and a model without weights
 BASE_CUDA = 860 << 20  # the same with a torch that was built for CUDA, used or not
 BASE_DEVICE = 1560 << 20  # and with a CUDA device in use
 CUBLAS = 192 << 20  # workspaces on the device
@@ -38,6 +39,7 @@ STACKED = 1 << 21  # weights of linears of one input that are rounded as one mat
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 ACTIVATIONS_HIDDEN, ACTIVATIONS_WIDE = 4, 3  # tensors of a window alive at once, of these widths
 BACK_HIDDEN, BACK_WIDE = 16, 8  # the same where a layer's activations are kept for its gradients
+KEPT = 64 << 20  # of what a window frees, for the next one
 HEAD_ROWS, HEAD_COPIES = 64, 6  # positions whose logits are in memory at a time; logits, their shares, gradients
 TOGETHER = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up",
@@ -134,7 +136,8 @@ def forward_footprint(
     parts = _parts(config, tensors, prefix, layer, step)
     embedding = step.stored * max((prod(s) for name, s in tensors.items() if not name.startswith(prefix)), default=0)
     alive = min(step.threads, step.windows) * parts.alive  # a window a thread
-    working = parts.weights + max(alive, parts.reading) + parts.grams
+    kept = min(KEPT, alive, parts.reading)  # while the next layer is read
+    working = parts.weights + max(alive, parts.reading) + kept + parts.grams
     usual = 0 if step.dtype == "float32" else parts.grams * 3 // 8  # half of a matrix in bfloat16, and whole blocks
     return step.base + held_states(config, step) + max(working + usual, parts.saving + usual, embedding)
 
