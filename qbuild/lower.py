@@ -16,7 +16,7 @@ from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Source
 from qbuild.recipe import FileTarget, Resolved
-from qbuild.vram import CONTEXT
+from qbuild.vram import CONTEXT, reserved
 
 # Bytes of source in one chunk, best first. A GPU wants large ones: each is a dozen launches from Python.
 CHUNKS = {
@@ -25,7 +25,7 @@ CHUNKS = {
 }
 GPU_THREADS = 4  # chunks on their way at once: one goes up, one is computed, one comes down
 PARENT_RAM = 57 << 20  # the build's own process beside its worker: Hydra, SQLite, the plan (measured: 49 to 53)
-WORKER_RAM = 168 << 20  # a worker with numpy, numba and kernels loaded, before any buffer (measured: 165 to 168)
+WORKER_RAM = 176 << 20  # a worker with numpy, numba and kernels loaded, before any buffer (measured: 165 to 175)
 WORKER_RAM_CUDA = 900 << 20  # and one with torch and a CUDA context
 CHUNKS_PER_PASS = 32  # a small model gets small chunks: buffers are then all used, and the pipeline is never empty
 TENSOR_RAM = 4 << 10  # Python objects of one tensor of a pass
@@ -148,17 +148,23 @@ def predict_ram(task: stream.PassTask) -> int:
     slot, scratch = stream.slot_bytes(task)
     buffers = stream.slots(task) * slot + task.threads * scratch
     base = WORKER_RAM_CUDA if task.device == "cuda" else WORKER_RAM
+    matrices = {want.imatrix for t in task.tensors for want in t.wants if want.imatrix is not None}
+    buffers += 2 * sum(map(len, matrices))  # as they came, and as they are kept
     return base + buffers + len(task.tensors) * TENSOR_RAM + sum(o.header_bytes for o in task.outputs)
 
 
 def predict_vram(task: stream.PassTask) -> int:
     """Peak bytes of GPU memory of the worker that runs ``task``."""
-    return CONTEXT + task.threads * stream.device_bytes(task) if task.device == "cuda" else 0
+    if task.device != "cuda":
+        return 0
+    return CONTEXT + reserved(1) + task.threads * reserved(stream.device_bytes(task))  # 1: of numerators
 
 
-def predict_parent(wanted: list[Wanted]) -> int:
-    """Peak bytes of the process that plans and watches: it holds each vocabulary once, and every header."""
-    return PARENT_RAM + 2 * max(w.layout.offsets[0] for w in wanted) + sum(w.layout.offsets[0] for w in wanted)
+def predict_parent(resolved: Resolved, wanted: list[Wanted]) -> int:
+    """Peak bytes of the process that plans and watches: it holds each vocabulary once, every header, and importance
+    matrices as they were read and in slices."""
+    matrices, headers = sum(map(len, resolved.imatrix_slices.values())), [w.layout.offsets[0] for w in wanted]
+    return PARENT_RAM + 2 * matrices + 2 * max(headers) + sum(headers)
 
 
 def kernels_of(resolved: Resolved, todo: Sequence[FileTarget], device: str) -> warm.Task:
@@ -180,7 +186,7 @@ def choose_strategy(
 
     ``before``: what the jobs before the pass need, each alone.
     """
-    parent = predict_parent(wanted)
+    parent = predict_parent(resolved, wanted)
     base = pass_task(resolved, wanted, Strategy(CHUNKS[device][0], budget.threads, device), {})
     share = sum(t.nbytes for t in base.tensors) // CHUNKS_PER_PASS
     least = Footprint()

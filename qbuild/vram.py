@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from qbuild import machine
 from qbuild.errors import ActionFailed, ConfigError
 
-__all__ = ["CONTEXT", "Hold", "hold", "ran_out"]
+__all__ = ["CONTEXT", "Hold", "hold", "ran_out", "reserved"]
 
+SMALL = 2 << 20  # bytes that torch takes of a device at a time, at least
 CONTEXT = 560 << 20  # of a process that uses a device, before it allocates anything
+
+
+def reserved(nbytes: int) -> int:
+    """What torch takes of a device for a tensor of ``nbytes`` that finds no room in what it holds: its budget counts
+    that. 2 MiB up to 1 MiB, 20 MiB below 10 MiB, else whole pieces of 2 MiB."""
+    if nbytes <= 1 << 20:
+        return SMALL
+    return 10 * SMALL if nbytes < 5 * SMALL else -(-nbytes // SMALL) * SMALL
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,10 @@ class Hold:
 def hold(limit: int) -> Hold:
     """From now on this process takes at most ``limit`` bytes of the first device, its context with them: what goes over
     is torch.OutOfMemoryError. Raises ActionFailed where torch cannot use the device, ConfigError without torch."""
-    before = machine.gpus()[0].free
     try:
         import torch
 
+        before = machine.gpus()[0].free  # as late as can be: what other processes take meanwhile would count as ours
         free, total = torch.cuda.mem_get_info()
     except ImportError:
         raise ConfigError("device", "torch is not installed", "pip install 'qbuild[calibrate]'") from None

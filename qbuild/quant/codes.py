@@ -58,7 +58,7 @@ class Solved:
         about = {}
         for name, made in self.codes.items():
             about[name] = [made.bits, made.group_size, made.symmetric, list(made.codes.shape)]
-            tensors[f"codes {name}"] = _pack(made.codes.cpu(), made.bits)
+            tensors[f"codes {name}"] = _pack(made.codes, made.bits).cpu()
             tensors[f"scales {name}"], tensors[f"zeros {name}"] = made.scales.cpu(), made.zeros.cpu()
             if made.groups_of is not None:
                 tensors[f"groups {name}"] = made.groups_of.cpu()
@@ -80,7 +80,7 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     each = 8 // bits
     if bits not in (2, 4) or codes.shape[1] % each:
         return codes
-    packed = torch.zeros(codes.shape[0], codes.shape[1] // each, dtype=torch.uint8)
+    packed = torch.zeros(codes.shape[0], codes.shape[1] // each, dtype=torch.uint8, device=codes.device)
     for lane in range(each):
         packed |= codes[:, lane::each] << (bits * lane)
     return packed

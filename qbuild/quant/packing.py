@@ -21,6 +21,7 @@ __all__ = ["cast", "pack", "unpack"]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # the channel of each lane of a word, low to high
 AWQ_LANES = [0, 4, 1, 5, 2, 6, 3, 7]  # the lane of each channel
+TOGETHER = 512  # columns that are filled at a time: what is read stays in a cache, whichever way it lies
 
 
 def pack(scheme: Scheme, linear: str, codes: Codes) -> dict[str, Tensor]:
@@ -106,6 +107,10 @@ def _interleaved(values: Tensor, order: list[int]) -> Tensor:
 
 def _fill(values: Tensor, bits: int) -> Tensor:
     """uint8 [n, m] below 2 to the bits -> int32 [words, m], filled along the first dimension."""
+    return torch.cat([_filled(some.contiguous(), bits) for some in values.split(TOGETHER, dim=1)], dim=1)
+
+
+def _filled(values: Tensor, bits: int) -> Tensor:
     count = values.shape[0]
     if count % WORD:
         values = torch.nn.functional.pad(values, (0, 0, 0, WORD - count % WORD))

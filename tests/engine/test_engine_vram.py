@@ -89,6 +89,12 @@ def test_the_least_that_a_refusal_names_is_enough(qbuild: Run) -> None:
     assert qbuild(*WORDS, "device=cuda", least).code == 0
 
 
+def test_what_torch_takes_of_a_device_comes_in_pieces() -> None:
+    mib = 1 << 20  # kSmallSize, kSmallBuffer, kMinLargeAlloc, kLargeBuffer and kRoundLarge of its allocator
+    sizes = {1: 2, mib: 2, mib + 1: 20, 10 * mib - 1: 20, 10 * mib: 10, 10 * mib + 1: 12}
+    assert {nbytes: vram.reserved(nbytes) // mib for nbytes in sizes} == sizes
+
+
 def test_a_worker_over_its_device_budget_says_what_was_predicted_and_what_helps() -> None:
     assert vram.ran_out(torch.OutOfMemoryError())
     assert not vram.ran_out(RuntimeError())

@@ -59,6 +59,20 @@ def test_a_chunk_that_is_larger_than_the_memory_held_for_it_is_a_bug(encode: Any
         encode.Stream(footprint("Q4_K", COLS, COLS)).quantize_into(x, np.empty((2, 288), np.uint8), "Q4_K")
 
 
+def test_kernels_have_the_same_names_whichever_comes_first() -> None:
+    """Else what was compiled before a pass is compiled in it again."""
+
+    def named(*order: str) -> str:
+        code = "from qbuild.kernels.gpu import blocks as k; found = {n: getattr(k, n).cache_key for n in %r}"
+        code += "; print(sorted(found.items()))"
+        return subprocess.run(
+            [sys.executable, "-c", code % (order,)], capture_output=True, text=True, check=True
+        ).stdout
+
+    kernels = ("search_affine", "search_scale", "pack")
+    assert named(*kernels) == named(*reversed(kernels))
+
+
 def test_builds_on_both_devices_make_equal_files(tmp_path: Path) -> None:
     def build(device: str) -> Any:
         words = [f"model.source={TINY}", "target=[gguf/q4_k_m,gguf/q5_k_s,gguf/q3_k_m,gguf/q4_0]", f"device={device}"]

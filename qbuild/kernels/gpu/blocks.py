@@ -330,3 +330,9 @@ def pack(
         l = _level(source, fits, d, kept, n, first + t * RUN, live, KIND, SUB, TOP, RULE)
         value |= ((l >> RIGHT) & ((1 << BITS) - 1)) << (t * BITS)
     tl.store(out + block * NBYTES + AT + p, (value & 255).to(tl.uint8), mask=live)
+
+
+# Triton names a compiled kernel by its source and all that it uses, but asks a callee what that is before it has read
+# it: names depend on which kernel came first, and another order compiles all again. So here is one order.
+for _function in [function for function in globals().values() if isinstance(function, triton.JITFunction)]:
+    hash(_function)

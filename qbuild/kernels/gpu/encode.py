@@ -161,7 +161,7 @@ class Stream:
             self.stream = torch.cuda.Stream(device) if self.memory.is_cuda else None
         except torch.OutOfMemoryError:
             free, total = map(format_size, torch.cuda.mem_get_info())
-            fact = f"the GPU has no {format_size(nbytes)} of memory left: {free} of {total} are free"
+            fact = f"no {format_size(nbytes)} of the GPU's memory is left for it: {free} of {total} are free in all"
             raise ActionFailed("device", fact, "budget.vram=SIZE for less, or device=cpu") from None
 
     def quantize_into(self, x: np.ndarray, out: np.ndarray, name: str, imatrix: np.ndarray | None = None) -> None:
@@ -178,12 +178,12 @@ class Stream:
         if sum(sizes) > len(self.memory):
             raise ValueError(f"{name}: {x.size} weights need {sum(sizes)} bytes of the device, not {len(self.memory)}")
         scratch, raw, weights, result = self.memory[: sum(sizes)].split(sizes)
-        source = raw[: host.nbytes].view(host.dtype)
-        source.copy_(host, non_blocking=True)
         importance = None
-        if imatrix is not None:
+        if imatrix is not None:  # first: a copy from memory that is not pinned waits for all before it
             importance = weights[: imatrix.nbytes].view(torch.float32)
             importance.copy_(torch.tensor(imatrix), non_blocking=True)
+        source = raw[: host.nbytes].view(host.dtype)
+        source.copy_(host, non_blocking=True)
         result = result[: x.size // QTYPES[name].block * QTYPES[name].nbytes]
         quantize(name, source, result, x.shape[1], importance, scratch.view(torch.float32))
         return result
