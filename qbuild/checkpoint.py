@@ -24,6 +24,7 @@ from typing import Any
 
 from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import InputError
+from qbuild.fsutil import read_exact
 from qbuild.gguffile import KV, GgufHeader, decode_kv, read_header
 from qbuild.inputs import changed
 
@@ -286,10 +287,9 @@ class Stored:
 
     def chunks(self, nbytes: int) -> Iterator[bytearray]:
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset)
             for at in range(0, self.nbytes, nbytes):
                 data = bytearray(min(nbytes, self.nbytes - at))
-                if file.readinto(data) < len(data):
+                if not read_exact(file.fileno(), memoryview(data), self.offset + at):
                     raise InputError(str(self.path), "ends before its last tensor", "build it again")
                 yield data
 

@@ -6,6 +6,7 @@
     ├── ConfigError           2   usage or configuration
     ├── BudgetRefused         3   the plan cannot fit; nothing was started
     ├── InputError            4   the input is missing, damaged or not supported
+    │   └── InputChanged      4   a file is not what it was when it was hashed
     └── Interrupted         130
 
 Anything else that escapes is a bug in qbuild and is reported as one (``BUG:``).
@@ -13,7 +14,10 @@ Anything else that escapes is a bug in qbuild and is reported as one (``BUG:``).
 
 from __future__ import annotations
 
-__all__ = ["ActionFailed", "BudgetRefused", "ConfigError", "InputError", "Interrupted", "QbuildError", "StoreError"]
+__all__ = [
+    "ActionFailed", "BudgetRefused", "ConfigError", "InputChanged", "InputError", "Interrupted", "QbuildError",
+    "StoreError",
+]  # fmt: skip
 
 
 class QbuildError(Exception):
@@ -48,6 +52,10 @@ class BudgetRefused(QbuildError):
 
 class InputError(QbuildError):
     exit_code = 4
+
+
+class InputChanged(InputError):
+    pass
 
 
 class Interrupted(QbuildError):

@@ -63,8 +63,8 @@ def build(config: schema.Config, sink: Sink, since: int | None = None) -> dict[s
         run.all()
         if made.resolved.evaluation is not None:
             finished = planned()
-            targets = finished.resolved.graph.targets.values()
-            _check_unchanged(run.judge, finished, [a for a in targets if finished.verdicts[a].state != "hit"])
+            asked = [a for a in finished.resolved.graph.targets.values() if finished.verdicts[a].state != "hit"]
+            _check_unchanged(run.judge, finished, asked + missing(finished.resolved, finished.verdicts))
             run.totals["actions"] |= measured.counts(finished)
             run.evaluation = measured.measure(finished, jobs)
         return run.report(time.monotonic() - began)

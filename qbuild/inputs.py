@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qbuild.digest import Digest, digest_bytes
-from qbuild.errors import InputError
+from qbuild.errors import InputChanged, InputError
 
-__all__ = ["InputFile", "changed", "copies"]
+__all__ = ["InputFile", "changed", "copies", "folder_name"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class InputFile:
         return data
 
 
-def changed(path: Path, what: str = "") -> InputError:
+def changed(path: Path, what: str = "") -> InputChanged:
     """The error for a file that is not what it was; ``what``: the part of it that was read."""
     fact = f"{what} changed after it was hashed".lstrip()
-    return InputError(str(path), fact, "run again when nothing writes it: nothing was made of the new bytes")
+    return InputChanged(str(path), fact, "run again when nothing writes it: nothing was made of the new bytes")
 
 
 def _bytes(path: Path) -> bytes:
@@ -49,12 +49,19 @@ def _bytes(path: Path) -> bytes:
         raise InputError(str(path), f"cannot be read: {error.strerror}", "check the file") from None
 
 
+def folder_name(folder: Path) -> str:
+    """What a folder is called, where its path ends in .. too."""
+    return folder.resolve().name if folder.name == ".." else folder.name
+
+
 @contextmanager
-def copies(files: Mapping[str, InputFile], like: Path) -> Iterator[Path]:
+def copies(files: Mapping[str, InputFile], like: Path, store: Path) -> Iterator[Path]:
     """A folder with ``files`` by name and nothing else, for libraries that open files themselves. It is called as
-    ``like``, which errors name instead."""
-    with tempfile.TemporaryDirectory(prefix="qbuild-") as scratch:
-        folder = Path(scratch) / (like.resolve().name if like.name == ".." else like.name)
+    ``like``, which errors name instead, and lies in the store, where gc finds it after a kill."""
+    within = store / "copies"
+    within.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=within) as scratch:
+        folder = Path(scratch) / folder_name(like)
         folder.mkdir(exist_ok=True)  # the root of a file system has no name
         for name, file in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from qbuild.gguffile import Named, layout, shards, split_name
 from qbuild.graph import Action, Graph, Input, Output, Source
 from qbuild.imatrix import Imatrix, Noted, counts, noted
 from qbuild.imatrix import load as load_imatrix
-from qbuild.inputs import InputFile
+from qbuild.inputs import InputFile, folder_name
 from qbuild.source import open_source
 
 AUTO = "auto"  # the value of ``imatrix`` that asks for one made by calibration
@@ -110,15 +110,20 @@ def model_name(model: schema.Model, checkpoint: Checkpoint) -> str:
         if "/" in model.name or model.name.startswith("."):
             raise ConfigError("model.name", f"{model.name!r} cannot be a file name", "leave out '/' and leading dots")
         return model.name
-    last = checkpoint.source.rstrip("/").rsplit("/", 1)[-1]
+    last = _last(checkpoint)
     if checkpoint.kind != "gguf":
-        return Path(last).resolve().name if last in ("", ".", "..") else last
+        return folder_name(checkpoint.root) if checkpoint.root and last in ("", ".", "..") else last
     stem = last.removesuffix(".gguf")
     for separator in (".", "-"):
         head, _, tail = stem.rpartition(separator)
         if head and tail.upper() in FILE_TYPES:
             return head
     return stem
+
+
+def _last(checkpoint: Checkpoint) -> str:
+    """The last part of what the user calls the source."""
+    return checkpoint.source.rstrip("/").rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -226,7 +231,7 @@ class _Builder:
         if checkpoint.kind == "gguf":
             return digest_bytes(metadata.pack(checkpoint.kvs))
         weights = digest_bytes(repr([(t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()]).encode())
-        folder = checkpoint.source.rstrip("/").rsplit("/", 1)[-1]
+        folder = folder_name(checkpoint.root) if checkpoint.root else checkpoint.revision or _last(checkpoint)
         params = metadata.Params(self.config.model.name, folder, weights.hash)
         inputs = [(n, Source(n, str(p), 0, p.stat().st_size)) for n, p in sorted(checkpoint.aux.items())]
         return self.graph.add(Action("metadata", metadata.KIND, params, tuple(inputs)))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qbuild import machine, worker
+from qbuild.errors import InputChanged
 from qbuild.lower import PARENT_RAM
 from qbuild.plan import Plan
 from qbuild.progress import Sink, Status
@@ -32,7 +33,12 @@ class Jobs:
         budget = self.plan.budget
         limit = max(0, budget.ram - PARENT_RAM)
         job = worker.Job(kind, label, task, self.plan.store.root, ram, limit, vram, budget.vram)
-        done = worker.run(job, self._event)
+        try:
+            done = worker.run(job, self._event)
+        except InputChanged:  # it may have kept its time stamps: the next build hashes it, whatever they say
+            for file in self.plan.resolved.checkpoint.files:
+                self.plan.store.sources.forget(str(file.path))
+            raise
         self.noted[label] = {"predicted_ram": ram, "peak_ram": done.peak, "seconds": round(done.seconds, 3)}
         if vram:
             self.noted[label] |= {"predicted_vram": vram, "peak_vram": done.vram}

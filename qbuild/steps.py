@@ -351,12 +351,10 @@ class _Planner:
         )
 
     def matrix(self, todo: list[Action]) -> Step:
-        made = (self.judge.verdicts[output.action].outputs for output in self.calibration.statistics)
-        planned = (layer.statistics_bytes(self.calibration.detail) for layer in self.model.layers)
-        held = max(
-            *planned, *(digest.size for outputs in made for digest in outputs)
-        )  # made already: Gram matrices too
-        ram = importance.RAM + 2 * held
+        planned = [layer.statistics_bytes(self.calibration.detail) for layer in self.model.layers]
+        made = [self.judge.verdicts[output.action].outputs for output in self.calibration.statistics]
+        stored = [digest.size for outputs in made for digest in outputs]  # may hold more: Gram matrices
+        ram = importance.RAM + 2 * max(planned + stored)
         size = sum(4 * width for layer in self.model.layers for width in layer.inputs)
         return Step(importance.KIND, "the importance matrix", count=len(todo), ram=ram, seconds=1.0, disk=size)
 

@@ -29,7 +29,7 @@ from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import StoreError
 from qbuild.fsutil import FileLock, disk_error, fsync_dir, hash_range, read_exact, reserve, stat_of, write_all
 from qbuild.index import Index
-from qbuild.sources import SourceDigests
+from qbuild.records import SourceDigests
 
 __all__ = ["Identity", "Location", "OutputRow", "Partial", "Store", "delete_files", "identity", "reading"]
 

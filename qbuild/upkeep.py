@@ -14,12 +14,13 @@ from pathlib import Path
 from qbuild.digest import Digest, Hasher
 from qbuild.errors import StoreError
 from qbuild.fsutil import FileLock, hash_range, stat_of
-from qbuild.sources import delete as delete_source
+from qbuild.records import delete_source
 from qbuild.store import Store, delete_files, reading
 
 __all__ = ["GcItem", "GcReport", "Problem", "Stats", "gc", "stats", "verify"]
 
-SCRATCH = ("states", "backends")  # folders of jobs: hidden states between layers, what another library writes
+# folders of jobs: hidden states between layers, what another library writes, small files that a library opens
+SCRATCH = ("states", "backends", "copies")
 MEMORY_NS = 365 * 24 * 3600 * 10**9  # how long a result is known after its outputs are gone
 
 

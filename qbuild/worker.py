@@ -161,7 +161,7 @@ def _run_pass(job: Job, emit: Emit) -> Any:
 def _run_metadata(job: Job, _emit: Emit) -> bytes:
     # transformers loads torch wherever it is installed: 170 MB and two seconds that tokenizers and configs do not need.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    return metadata_action.run(job.task)
+    return metadata_action.run(job.task, job.store)
 
 
 def _run_hash(job: Job, emit: Emit) -> Any:

@@ -52,10 +52,10 @@ def ram(aux: Mapping[str, Path]) -> int:
     return (88 << 20) + 6 * size if "tokenizer.model" in aux else (86 << 20) + 28 * size
 
 
-def run(task: Task) -> bytes:
+def run(task: Task, store: Path) -> bytes:
     if task.checkpoint.root is None:
         raise ValueError("BUG: metadata of a checkpoint that is not on disk")
-    with copies(task.files, task.checkpoint.root) as folder:
+    with copies(task.files, task.checkpoint.root, store) as folder:
         return pack(metadata(replace(task.checkpoint, root=folder), task.name))
 
 

@@ -32,6 +32,7 @@ from qbuild.checkpoint import Reader, SourceFile
 from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import InputError
 from qbuild.ggml import QTYPES
+from qbuild.inputs import changed
 from qbuild.kernels.gpu.table import TYPES as ON_GPU
 from qbuild.kernels.gpu.table import footprint
 from qbuild.manifest import action_key, walk
@@ -401,10 +402,7 @@ class Pass:
 
     def _checked(self, piece: Piece, digest: Digest) -> Digest:
         if piece.digest is not None and piece.digest != digest:
-            path = self.task.files[piece.file].path if piece.data is None else piece.name
-            self.store.sources.forget(self.identities[piece.file])
-            fact = f"{piece.name} changed although its size and times did not"
-            raise InputError(str(path), fact, "run again: the old record is dropped and the file is hashed anew")
+            raise changed(self.task.files[piece.file].path, piece.name)
         self._record(piece, digest)
         return digest
 

@@ -99,12 +99,14 @@ def _unknown(key: str, place: str, overrides: list[str]) -> ConfigError:
     if head == "recipe":
         remedy = f"a recipe is added with a plus: +{place}"
     elif head == "targets":
-        name, _, wrong = rest.partition(".")
+        name, dot, wrong = rest.partition(".")
         chosen = _chosen(overrides)
         if chosen and name not in chosen:
             meant = [one for one in chosen if one.endswith(f"_{name}")] or schema.nearest(name, chosen) or chosen
             fact = f"no target is called {name!r}"
-            return ConfigError(place, fact, f"did you mean {' or '.join(f'targets.{one}.{wrong}' for one in meant)}?")
+            return ConfigError(
+                place, fact, f"did you mean {' or '.join(f'targets.{one}{dot}{wrong}' for one in meant)}?"
+            )
         remedy = f"{schema.close(wrong, every)}\nand targets.{name} is there only once target=… has chosen it"
     elif head in every and head not in schema.keys(schema.Config):
         value = place.partition("=")[2] or "…"

@@ -19,7 +19,7 @@ __all__ = ["run"]
 def run(task: Task, store: Store, emit: Emit) -> Digest:
     # transformers loads torch wherever it is installed: 170 MB and two seconds that a tokenizer does not need.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    packed = _packed(task)
+    packed = _packed(task, store)
     if (highest := int(packed.ids.max())) >= task.rows:
         fact = f"its tokenizer gives the token {highest}, its embedding has {task.rows} rows"
         raise InputError(task.model, fact, "take the tokenizer that belongs to these weights")
@@ -29,11 +29,11 @@ def run(task: Task, store: Store, emit: Emit) -> Digest:
     return store.put_bytes(packed.to_bytes())
 
 
-def _packed(task: Task) -> Packed:
+def _packed(task: Task, store: Store) -> Packed:
     contents = {text.path: text.read() for text in task.texts}
     found = parsed(contents, task.source) if contents else documents(None)
     shape = Shape(task.params.samples, task.params.length, task.params.seed)
-    with copies(task.tokenizer, task.folder) as folder:
+    with copies(task.tokenizer, task.folder, store.root) as folder:
         tokenizer = load_tokenizer({name: folder / name for name in task.tokenizer}, task.model)
         begin = begin_token(tokenizer) if task.params.begin else None
         return windows(found, tokenizer, shape, begin, use=task.use)

@@ -31,6 +31,11 @@ def steps(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def test_a_model_of_one_layer_is_planned(plan: Any) -> None:
+    found = steps(plan("+recipe=llama7b_release", "model.config.num_hidden_layers=1", "budget.ram=8GiB"))
+    assert found["calibration.statistics"]["count"] == found["calibration.imatrix"]["count"] == 1
+
+
 def test_a_release_of_fourteen_outputs_runs_the_model_once(plan: Any) -> None:
     found = steps(plan("+recipe=llama7b_release", "budget.ram=8GiB"))
     counts = {kind: step["count"] for kind, step in found.items()}

@@ -155,6 +155,7 @@ def test_a_mistake_in_a_file_is_an_error_with_a_way_out(project: Path, qbuild: R
         ('backend.pip="--find-links=\'x"', "quotation"),
         ("target=awq/w4_g128 targets.w4_g128.group_size=64", "did you mean targets.awq_w4_g128.group_size?"),
         ("target=[gguf/q4_k_m,gptq/w4_g64] targets.q4_km.pure=true", "did you mean targets.q4_k_m.pure?"),
+        ("target=gguf/q4_k_m targets.q4_km=3", "did you mean targets.q4_k_m?"),
         ("target=gguf/q8_0 max_shard_size=5GB", "it is a setting of a target: targets.q8_0.max_shard_size=5GB"),
         ("pure=true", "it is a setting of a target: targets.NAME.pure=true"),
         ("model.trust_remote_code=true", "docs/families.md"),

@@ -149,6 +149,32 @@ def test_every_job_looks_at_what_it_reads(
 
 
 @pytest.mark.slow
+def test_a_text_that_is_edited_before_targets_are_measured_on_it_is_told(
+    qbuild: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edited_before(monkeypatch, "gguf.pass", folder / "text.txt"):
+        done = build(qbuild, folder, "target=gguf/bf16", "evaluation.source=text.txt")
+    refused(done, folder / "text.txt")
+
+
+@pytest.mark.slow
+def test_weights_that_changed_and_kept_their_time_stamps_are_refused_once(qbuild: Run, folder: Path) -> None:
+    words, path = ["target=imatrix"], folder / "tiny-llama" / "model.safetensors"
+    assert build(qbuild, folder, *words).code == 0
+    forget(folder, "calibration.statistics", "calibration.imatrix")
+    edit(path)
+    with sqlite3.connect(folder / "store" / "index.sqlite") as db:  # as if the disk, not a program, had changed them
+        found = path.stat()
+        now = (found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+        assert db.execute("UPDATE sources SET mtime_ns = ?, ctime_ns = ?, inode = ?", now).rowcount == 1
+        db.execute("UPDATE source_digests SET recorded_ns = ?", (found.st_ctime_ns + 10**9,))
+    refused(build(qbuild, folder, *words, "keep_going=true"), path)  # another command line: not the null build
+    again = build(qbuild, folder, *words, "keep_going=true")
+    assert again.code == 0, again.out + again.err
+    assert again.document["totals"]["actions"]["calibration.statistics"] == 3
+
+
+@pytest.mark.slow
 def test_a_text_that_joins_a_folder_during_the_pass_is_told(
     qbuild: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qbuild.checkpoint import Reader, open_path, package_file
+from qbuild.checkpoint import Reader, open_path, package_file, stored
 from qbuild.errors import InputError
 from qbuild.source import open_source
 
@@ -298,6 +298,16 @@ def test_reading_past_the_end_says_that_the_file_shrank(model: Path) -> None:
     path.write_bytes(path.read_bytes()[:start])
     with Reader(found.files) as reader, pytest.raises(InputError, match="became shorter"):
         reader.read_into(0, start, memoryview(bytearray(4)))
+
+
+@pytest.mark.slow
+def test_a_tensor_of_more_than_2_gib_is_read_whole(model: Path) -> None:
+    """Linux gives at most 2 GiB at once; embeddings of large vocabularies are larger."""
+    path, size = model / "model.safetensors", (1 << 31) + 1
+    shard(path, {"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}, b"")
+    os.truncate(path, path.stat().st_size + size)
+    ((_, tensor),) = stored(path)
+    assert len(tensor.read()) == size
 
 
 def test_a_file_whose_tensors_are_elsewhere_now_is_not_read(model: Path) -> None:

@@ -351,12 +351,24 @@ def test_digest_taken_in_the_tick_of_a_change_is_not_trusted(store: Store):
     coarse.close()
 
 
+def test_digest_of_a_file_from_a_time_to_come_is_trusted(store: Store, tmp_path: Path):
+    """An archive may hold any mtime; ctime tells when the file was last touched."""
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"1" * 100)
+    os.utime(path, ns=(2 * 10**18, 2 * 10**18))
+    source = identity(path)
+    later = Store(store.root, clock=lambda: source.ctime_ns + 10**9)
+    later.sources.put(source, 8, digest_of(1)[1])
+    assert store.sources.all(source) == {8: digest_of(1)[1]}
+    later.close()
+
+
 def test_forgotten_source_has_no_digests(store: Store):
     source = ("/w", 10, 1, 1, 7)
     store.sources.put(source, 0, digest_of(1)[1])
-    store.sources.forget(source)
+    store.sources.forget("/w")
     assert store.sources.all(source) is None
-    store.sources.forget(source)
+    store.sources.forget("/w")
 
 
 def test_batch_is_all_or_nothing(store: Store):

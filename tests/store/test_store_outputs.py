@@ -311,16 +311,15 @@ def test_gc_frees_the_folders_that_killed_jobs_left(store: Store, tmp_path: Path
     """Hidden states of gigabytes; a library's scratch has links to the model, which are none of the store's."""
     model = tmp_path / "model.safetensors"
     model.write_bytes(b"w" * 5000)
-    for name in ("states/a", "backends/b/model"):
+    for name in ("states/a", "backends/b/model", "copies/c"):
         (store.root / name).mkdir(parents=True)
     (store.root / "states/a/layers.hidden").write_bytes(b"h" * 3000)
     (store.root / "backends/b/model/model.safetensors").symlink_to(model)
-    assert len(upkeep.gc(store, dry_run=True).items) == 2
+    assert len(upkeep.gc(store, dry_run=True).items) == 3
     sizes = {item.path: item.size for item in upkeep.gc(store).items}
-    assert set(sizes) == {store.root / "states/a", store.root / "backends/b"}
+    assert set(sizes) == {store.root / "states/a", store.root / "backends/b", store.root / "copies/c"}
     assert sizes[store.root / "states/a"] == 3000
-    assert not any((store.root / "states").iterdir())
-    assert not any((store.root / "backends").iterdir())
+    assert not any(path.exists() for path in sizes)
     assert model.stat().st_size == 5000
 
 

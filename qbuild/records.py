@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from qbuild.digest import Digest
 from qbuild.index import Index
 
-__all__ = ["SourceDigests", "Stamps", "delete"]
+__all__ = ["SourceDigests", "Stamps", "delete_source"]
 
 RACY_NS = 20_000_000  # a change within one clock tick of the kernel (10 ms at most) leaves the time stamps as they are
 RACY_COARSE_NS = 2_000_000_000  # where the file system counts whole seconds
@@ -32,7 +32,7 @@ class SourceDigests:
             query = "SELECT id, size, mtime_ns, ctime_ns, inode FROM sources WHERE path = ?"
             row = db.execute(query, (path,)).fetchone()
             if row is not None and list(row[1:]) != stamps:
-                delete(db, path)
+                delete_source(db, path)
                 row = None
             if row is None:
                 query = "INSERT INTO sources (path, size, mtime_ns, ctime_ns, inode) VALUES (?, ?, ?, ?, ?)"
@@ -44,15 +44,13 @@ class SourceDigests:
         """Digests by offset of a file with this identity, or None where nothing is known of it.
 
         A digest taken within a clock tick of the file's last change is left out: a second change in that tick would
-        not show in the time stamps.
+        not show in the time stamps. ctime tells when that was: mtime may be set, to a time to come too.
         """
         return self._found(source, "", ()) or None
 
     def _found(self, source: Stamps, also: str, values: tuple[int, ...]) -> dict[int, Digest]:
         path, size, mtime_ns, ctime_ns, inode = source
-        changed = max(mtime_ns, ctime_ns)
-        coarse = mtime_ns % 1_000_000_000 == 0 and ctime_ns % 1_000_000_000 == 0
-        settled = changed + (RACY_COARSE_NS if coarse else RACY_NS)
+        settled = ctime_ns + (RACY_NS if ctime_ns % 1_000_000_000 else RACY_COARSE_NS)
         query = (
             "SELECT d.offset, d.digest FROM sources s JOIN source_digests d ON d.source = s.id"
             " WHERE s.path = ? AND s.size = ? AND s.mtime_ns = ? AND s.ctime_ns = ? AND s.inode = ?"
@@ -67,11 +65,11 @@ class SourceDigests:
         known = self._found(source, " AND d.offset = ?", (offset,))
         return known.get(offset)
 
-    def forget(self, source: Stamps) -> None:
+    def forget(self, path: str) -> None:
         with self.index.writing() as db:
-            delete(db, source[0])
+            delete_source(db, path)
 
 
-def delete(db: sqlite3.Connection, path: str) -> None:
+def delete_source(db: sqlite3.Connection, path: str) -> None:
     db.execute("DELETE FROM source_digests WHERE source IN (SELECT id FROM sources WHERE path = ?)", (path,))
     db.execute("DELETE FROM sources WHERE path = ?", (path,))
