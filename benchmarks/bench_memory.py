@@ -22,7 +22,7 @@ PLAIN = (
     ("gguf/q4_k_m", []),
     ("gguf/q4_k_m", ["budget.threads=1"]),
     ("gguf/q2_k,gguf/q4_k_m,gguf/q8_0", []),
-    ("gguf/q4_k_m", ["budget.ram=232MiB"]),
+    ("gguf/q4_k_m", ["budget.ram=240MiB"]),
 )
 TEXT = ("calibration.samples=16", "evaluation.source=builtin", "evaluation.samples=4", "budget.ram=3GiB")
 EVERY = ("imatrix,awq/w4_g64,gptq/w4_g64,gguf/q4_k_m", "targets.q4_k_m.imatrix=auto", *TEXT)

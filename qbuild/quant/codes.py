@@ -41,6 +41,9 @@ class Codes:
 
     def dequantize(self) -> torch.Tensor:
         """float32 [out, in]."""
+        if self.groups_of is None:  # columns of a group lie side by side: nothing has to be gathered
+            grouped = self.codes.unflatten(1, (-1, self.group_size)).float()
+            return ((grouped - self.zeros.float()[..., None]) * self.scales.float()[..., None]).flatten(1)
         at = self.columns_group
         return (self.codes.float() - self.zeros.float()[:, at]) * self.scales.float()[:, at]
 
