@@ -39,7 +39,7 @@ def main() -> None:
     shutil.rmtree(store, ignore_errors=True)
     print("| target | job | seconds | RAM, MiB | predicted | VRAM, MiB | predicted |\n" + "| --- " * 7 + "|")
     for target in options.targets:
-        out = options.directory / target.replace("/", "-")
+        out = options.directory / target.replace("/", "-").replace(",", "+")
         words = [f"model.source={model}", f"target=[{target}]", f"calibration.source={options.text}", f"out={out}"]
         words += [f"device={options.device}", f"store.dir={store}", *options.words, "format=json"]
         done = subprocess.run([sys.executable, "-m", "qbuild", *words], stdout=subprocess.PIPE, text=True)
