@@ -4,7 +4,7 @@
 
 It writes a Llama-shaped checkpoint of random weights into DIRECTORY, where it is not there yet, and builds one target
 after another into a new store: the first runs the forward pass, the others find its statistics. Targets with a comma
-between them are one build: --targets awq/w4_g128,gptq/w4_g128.
+between them are one build: --target awq/w4_g128,gptq/w4_g128.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--shape", default="7b", help="of make_checkpoint.py")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--targets", nargs="+", default=["awq/w4_g128", "gptq/w4_g128"])
+    parser.add_argument("--target", action="append", help="a build; may be given again")
     parser.add_argument("--tokenizer", type=Path, default=HERE.parent / "tests" / "data" / "tiny-llama")
     parser.add_argument("words", nargs="*", help="more of qbuild's words: calibration.samples=64 …")
     options = parser.parse_intermixed_args()
@@ -38,7 +38,7 @@ def main() -> None:
         subprocess.run([*make, "--tokenizer", str(options.tokenizer)], check=True)
     shutil.rmtree(store, ignore_errors=True)
     print("| target | job | seconds | RAM, MiB | predicted | VRAM, MiB | predicted |\n" + "| --- " * 7 + "|")
-    for target in options.targets:
+    for target in options.target or ["awq/w4_g128", "gptq/w4_g128"]:
         out = options.directory / target.replace("/", "-").replace(",", "+")
         words = [f"model.source={model}", f"target=[{target}]", f"calibration.source={options.text}", f"out={out}"]
         words += [f"device={options.device}", f"store.dir={store}", *options.words, "format=json"]
