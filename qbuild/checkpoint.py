@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qbuild.digest import Digest, Hasher, digest_bytes
-from qbuild.errors import InputError
+from qbuild.errors import InputChanged, InputError
 from qbuild.fsutil import read_exact
 from qbuild.gguffile import KV, GgufHeader, decode_kv, read_header
 from qbuild.inputs import changed
@@ -443,6 +443,7 @@ class Reader:
         self.files = files
         self.bytes_read = 0
         self._open: dict[int, int] = {}
+        self._written: dict[int, int] = {}  # when files were, in nanoseconds, before they were read
         self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
@@ -469,6 +470,13 @@ class Reader:
         with self._lock:
             self.bytes_read += len(buffer)
 
+    def check(self) -> None:
+        """Raises InputChanged where a file was written while it was read: its tensors may be of two models."""
+        for file, fd in self._open.items():
+            if os.fstat(fd).st_mtime_ns != self._written[file]:
+                remedy = "run again when nothing writes it"
+                raise InputChanged(str(self.files[file].path), "was written while it was read", remedy)
+
     def tensor(self, tensor: SourceTensor) -> bytearray:
         """The bytes of a tensor. Raises InputError where they are not those that were hashed."""
         return next(self.chunks(tensor, max(1, tensor.nbytes)), bytearray())
@@ -490,6 +498,7 @@ class Reader:
             fd = self._open.get(file)
             if fd is None:
                 fd = os.open(self.files[file].path, os.O_RDONLY | os.O_CLOEXEC)
+                self._written[file] = os.fstat(fd).st_mtime_ns
                 known = self.files[file].header
                 if known is not None and digest_bytes(os.pread(fd, known.size, 0)) != known:
                     os.close(fd)

@@ -297,6 +297,7 @@ class Pass:
                 output.write(0, memoryview(output.task.header))
             reader = stack.enter_context(Reader(self.task.files))
             self._stream(reader)
+            reader.check()  # tensors that had no digest were compared with nothing
             self.tally.read_bytes = reader.bytes_read
             return [self._commit(o) for o in self.outputs]
 
