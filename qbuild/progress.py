@@ -89,7 +89,7 @@ class Lines(Messages):
         super().__init__(stream)
         self.clock, self.shown, self.last = clock, 0.0, None
 
-    last: Status | None
+    last: Status | None  # what has come and is not shown
 
     def start(self, title: str, total: int, total_bytes: int, budget_ram: int, unit: str = "tensors") -> None:
         self.shown, self.last = self.clock(), None
@@ -107,10 +107,9 @@ class Lines(Messages):
     def finish(self) -> None:
         if self.last is not None:
             self._show(self.last)
-        self.last = None
 
     def _show(self, status: Status) -> None:
-        self.shown = self.clock()
+        self.shown, self.last = self.clock(), None
         facts = [f"{status.share:4.0%}", *work_of(status), memory_of(status), *outlook_of(status)]
         self.stream.write("  ".join(facts) + "\n")
         self.stream.flush()
@@ -181,7 +180,8 @@ def memory_of(status: Status) -> str:
 
 def outlook_of(status: Status) -> list[str]:
     """What bounds the build and how long it will still take."""
-    eta = "" if status.eta_s is None or status.share == 1 else f"{duration(status.eta_s)} left"
+    over = status.share == 1 or status.tensors_done == status.tensors_total
+    eta = "" if status.eta_s is None or over else f"{duration(status.eta_s)} left"
     return [fact for fact in (f"bound by {status.bound}" if status.bound else "", eta) if fact]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from qbuild import schema
 from qbuild.cli.args import Args
-from qbuild.cli.translate import translated
+from qbuild.cli.translate import target_name, translated
 from qbuild.errors import ConfigError
 
 __all__ = ["Composer", "Job", "Task", "complete", "opened", "packaged"]
@@ -54,7 +54,7 @@ class Composer:
         with translated(self.overrides, self.names):
             config = self.hydra.compose_config(PRIMARY, self.overrides, RunMode.RUN)
             HydraConfig.instance().set_config(config)
-            return _job(config)
+            return _job(config, self.targets)
 
     def jobs(self) -> list[Job] | None:
         """The jobs of a multirun; None when a sweeper or launcher of the user's choice is to run it."""
@@ -71,12 +71,15 @@ class Composer:
             words = [f"{k}={v}" for k, v in (sweeper.params or {}).items()] + list(master.hydra.overrides.task)
             parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
             batches = BasicSweeper.split_arguments(parsed, None)
-            return [_job(loader.load_sweep_config(master, words)) for batch in batches for words in batch]
+            found = [loader.load_sweep_config(master, words) for batch in batches for words in batch]
+            return [_job(config, self.targets) for config in found]
 
     def launch(self, task: Task) -> list[tuple[tuple[str, ...], Any]]:
         """A multirun through the user's sweeper and launcher, perhaps in other processes: overrides and outcomes."""
         with translated(self.overrides, self.names):
-            found = self.hydra.multirun(PRIMARY, _Launched(task), self.overrides, with_log_configuration=False)
+            found = self.hydra.multirun(
+                PRIMARY, _Launched(task, self.targets), self.overrides, with_log_configuration=False
+            )
         batches = found if isinstance(found, list) else []
         return [(tuple(job.overrides or ()), job.return_value) for batch in batches for job in batch]
 
@@ -105,15 +108,21 @@ class Composer:
         """Everything that can be chosen in a config group, below its folders too."""
         return sorted(_options(self.hydra.config_loader, group, ""))
 
+    @property
+    def targets(self) -> frozenset[str]:
+        """The name each choice of a target has under ``targets``."""
+        return frozenset(target_name(choice) for choice in self.names("target"))
+
 
 @dataclass(frozen=True)
 class _Launched:
     """What a launcher calls, perhaps after pickling it to another process."""
 
     task: Task
+    targets: frozenset[str]
 
     def __call__(self, config: Any) -> Any:
-        return self.task(_job(config).config)
+        return self.task(_job(config, self.targets).config)
 
 
 @contextmanager
@@ -153,14 +162,24 @@ def packaged() -> tuple[Path, Path]:
     return package.parent / "conf", package.parent / "recipes"
 
 
-def _job(config: Any) -> Job:
+def _job(config: Any, targets: frozenset[str]) -> Job:
+    """``targets``: names that can be chosen. What a recipe sets of one that was not chosen makes no target."""
     from omegaconf import OmegaConf
 
     words = tuple(config.hydra.overrides.task) if "hydra" in config else ()
     plain = {key: config._get_node(key) for key in config if key != "hydra"}
     job = OmegaConf.create(plain, parent=config)
     volatile = re.search(r"\$\{[\w.]+:", OmegaConf.to_yaml(job)) is not None
-    return Job(schema.parse(typing.cast(dict[str, Any], OmegaConf.to_container(job, resolve=True))), words, volatile)
+    values = typing.cast(dict[str, Any], OmegaConf.to_container(job, resolve=True))
+    given = values.get("targets")
+    if isinstance(given, dict):
+        values["targets"] = {name: one for name, one in given.items() if name not in targets or _has_type(one)}
+    return Job(schema.parse(values), words, volatile)
+
+
+def _has_type(target: Any) -> bool:
+    """Every target that was chosen says what it makes; one that is only set by a recipe does not."""
+    return not isinstance(target, dict) or "ftype" in target or "format" in target
 
 
 def _options(loader: Any, group: str, prefix: str) -> Iterable[str]:

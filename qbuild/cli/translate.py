@@ -123,4 +123,8 @@ def _chosen(overrides: list[str]) -> list[str]:
     """Names of the targets that a command line chooses: ``gguf/q4_k_m`` is q4_k_m, ``awq/w4_g128`` awq_w4_g128."""
     values = (override.partition("=")[2] for override in overrides if override.startswith("target="))
     found = (choice for value in values for choice in re.findall(r"[\w./-]+", value))
-    return list(dict.fromkeys(choice.removeprefix("gguf/").replace("/", "_") for choice in found))
+    return list(dict.fromkeys(map(target_name, found)))
+
+
+def target_name(choice: str) -> str:
+    return choice.removeprefix("gguf/").replace("/", "_")

@@ -63,6 +63,13 @@ def test_a_command_line_overrides_the_target_of_a_recipe(project: Path) -> None:
     assert list(composed("+recipe=llama7b_q4", "target=gguf/q8_0").config.targets) == ["q8_0"]
 
 
+def test_what_a_recipe_sets_of_a_target_that_is_not_chosen_makes_no_target(project: Path) -> None:
+    assert list(composed("+recipe=llama7b_release", "target=gguf/q2_k").config.targets) == ["q2_k"]
+    assert composed("+recipe=llama7b_release", "target=gguf/q2_k").config.targets["q2_k"].imatrix == "auto"
+    write(project / "recipes" / "own.yaml", "targets:\n  q6_k: {output_type: Q8_0}\n  small: {ftype: Q4_0}\n")
+    assert list(composed("+recipe=own", "target=awq/w4_g64").config.targets) == ["awq_w4_g64", "small"]
+
+
 def test_tensor_types_keep_their_order_and_may_hold_dots(project: Path) -> None:
     types = r"targets.q4_k_m.tensor_types={blk\.0\.ffn: Q6_K, attn_v: Q8_0}"
     target = composed("target=gguf/q4_k_m", types).config.targets["q4_k_m"]

@@ -139,12 +139,21 @@ def play(shown: Sink) -> None:
 
 def test_plain_lines_are_few() -> None:
     stream, now = io.StringIO(), iter(range(10000))
-    play(Lines(stream, clock=lambda: next(now) * 0.01))
+    play(Lines(stream, clock=lambda: next(now) * 0.012))
     lines = stream.getvalue().splitlines()
     assert lines[:2] == ["before", "tiny → q4_k_m: 291 tensors, 12.0 GiB to read"]
     assert 3 <= len([line for line in lines if "120/291 tensors" in line]) <= 5
     assert lines[-2:][0] == "warning: near the limit"
     assert " 42%  120/291 tensors  145 M weights/s  RAM 5.0 GiB of 8.0 GiB  bound by disk  51 s left" in lines
+
+
+def test_the_last_line_comes_once_and_has_nothing_left() -> None:
+    stream = io.StringIO()
+    lines = Lines(stream, clock=iter([0.0, 9.0, 9.0]).__next__)
+    lines.start("t", 3, 100, 100, "files")
+    lines.update(Status(3, 3, 99, 100, None, 0.04, 10, 100, "CPU", "", "files"))
+    lines.finish()
+    assert stream.getvalue().splitlines()[1:] == [" 99%  3/3 files  RAM 10 B of 100 B  bound by CPU"]
 
 
 def test_json_gets_messages_only() -> None:
