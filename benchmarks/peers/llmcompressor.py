@@ -11,10 +11,12 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
 
 
 def quantize(request: dict[str, Any]) -> None:
+    IntermediatesCache.pin_memory = lambda *_, **__: None  # torch refuses to pin where there is no accelerator
     tokens = json.loads(Path(request["tokens"]).read_text())
     weights = QuantizationArgs(
         num_bits=request["bits"], type="int", symmetric=request["symmetric"], strategy="group",
