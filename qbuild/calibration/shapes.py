@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 BASE = 448 << 20  # torch for CPUs, transformers, and a model without weights
-BASE_CUDA = 860 << 20  # the same with a torch that was built for CUDA, used or not
+BASE_CUDA = 868 << 20  # the same with a torch that was built for CUDA, used or not
 BASE_DEVICE = 1000 << 20  # and with a CUDA device in use
 CUBLAS = 192 << 20  # workspaces on the device
 TOGETHER_CUDA = 8  # windows whose inputs are summed together on a device: in the bytes, so it is no setting
