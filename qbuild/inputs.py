@@ -15,7 +15,7 @@ from pathlib import Path
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import InputChanged, InputError
 
-__all__ = ["InputFile", "changed", "copies", "folder_name"]
+__all__ = ["InputFile", "changed", "copies", "folder_name", "write"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,13 @@ def folder_name(folder: Path) -> str:
     return folder.resolve().name if folder.name == ".." else folder.name
 
 
+def write(files: Mapping[str, InputFile], folder: Path) -> None:
+    """Put ``files`` into a folder, by names below it."""
+    for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(file.read())
+
+
 @contextmanager
 def copies(files: Mapping[str, InputFile], like: Path, store: Path) -> Iterator[Path]:
     """A folder with ``files`` by name and nothing else, for libraries that open files themselves. It is called as
@@ -63,9 +70,7 @@ def copies(files: Mapping[str, InputFile], like: Path, store: Path) -> Iterator[
     with tempfile.TemporaryDirectory(dir=within) as scratch:
         folder = Path(scratch) / folder_name(like)
         folder.mkdir(exist_ok=True)  # the root of a file system has no name
-        for name, file in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(file.read())
+        write(files, folder)
         try:
             yield folder
         except InputError as error:

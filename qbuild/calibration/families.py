@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qbuild.errors import InputError
@@ -25,22 +25,22 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def layer_count(config: Mapping[str, Any]) -> int:
     """The number of decoder layers. Raises InputError where the config does not say."""
-    text = text_config(config)
-    for key in COUNTS:
-        if isinstance(text.get(key), int) and text[key] > 0:
-            return int(text[key])
-    fact = f"config.json does not say how many decoder layers there are; looked for {', '.join(COUNTS)}"
-    raise InputError(_model(config), fact, "calibration needs a plain list of decoder layers")
+    remedy = "calibration needs a plain list of decoder layers"
+    return _number(config, COUNTS, "how many decoder layers there are", remedy)
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:
     """The width of the hidden states. Raises InputError where the config does not say."""
+    return _number(config, WIDTHS, "how wide hidden states are", "calibration needs it to plan its memory")
+
+
+def _number(config: Mapping[str, Any], keys: Sequence[str], what: str, remedy: str) -> int:
+    """The first of ``keys`` that is a positive number in the language model's part of a config."""
     text = text_config(config)
-    for key in WIDTHS:
+    for key in keys:
         if isinstance(text.get(key), int) and text[key] > 0:
             return int(text[key])
-    fact = f"config.json does not say how wide hidden states are; looked for {', '.join(WIDTHS)}"
-    raise InputError(_model(config), fact, "calibration needs it to plan its memory")
+    raise InputError(_model(config), f"config.json does not say {what}; looked for {', '.join(keys)}", remedy)
 
 
 def layer_prefix(config: Mapping[str, Any], names: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class Composer:
         """Everything that can be chosen in a config group, below its folders too."""
         return sorted(_options(self.hydra.config_loader, group, ""))
 
-    @property
+    @cached_property
     def targets(self) -> frozenset[str]:
         """The name each choice of a target has under ``targets``."""
         return frozenset(target_name(choice) for choice in self.names("target"))

@@ -52,13 +52,14 @@ def keep_going(config: schema.Config, runner: Runner) -> Outcome:
     if len(ended) == 1:
         return ended[0][1]
     wrong = [(build, outcome) for build, outcome in ended if "error" in outcome.document]
+    code = _code([outcome for _, outcome in wrong])
     failures = {name: outcome.document["error"] for build, outcome in wrong for name in build.config.targets}
     if not made:
         first, texts = wrong[0][1], dict.fromkeys(outcome.text for _, outcome in wrong)
-        return Outcome({**first.document, "failed": failures}, "".join(texts), _code([outcome for _, outcome in wrong]))
+        return Outcome({**first.document, "failed": failures}, "".join(texts), code)
     _note(made)
     document = sweep.joined([outcome.document for outcome in made]) | {"failed": failures}
-    return Outcome(document, render.result(document), _code([outcome for _, outcome in wrong]))
+    return Outcome(document, render.result(document), code)
 
 
 def _refused(builds: Sequence[sweep.Build], runner: Runner) -> Outcome | None:

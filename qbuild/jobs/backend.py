@@ -7,6 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
+from qbuild import inputs
 from qbuild.actions.backend import KIND, Task
 from qbuild.actions.directory import Made
 from qbuild.backends.run import Output, Request
@@ -49,9 +50,7 @@ def _linked(task: Task, scratch: Path) -> Path:
     folder, checkpoint = scratch / "model", task.checkpoint
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(checkpoint.config))
-    for name, file in task.copies.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(file.read())
+    inputs.write(task.copies, folder)
     single = len(checkpoint.files) == 1
     names = ["model.safetensors"] if single else [file.path.name for file in checkpoint.files]
     for name, weights in zip(names, checkpoint.files, strict=True):
