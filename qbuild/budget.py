@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qbuild.errors import BudgetRefused, ConfigError
 
@@ -51,9 +51,6 @@ class Budget:
     vram: int
     disk: int
     threads: int
-
-    def with_threads(self, threads: int) -> Budget:
-        return replace(self, threads=threads)
 
 
 @dataclass(frozen=True)

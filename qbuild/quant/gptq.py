@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qbuild.calibration.extent import SWEEPS
 from qbuild.errors import ActionFailed
 from qbuild.quant import columns as columns_
 from qbuild.quant.codes import Codes
@@ -73,7 +74,7 @@ def _factored(hessian: torch.Tensor, columns: torch.Tensor) -> torch.Tensor | No
 
 
 def gptq(
-    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: str, damping: float, team: Team, sweeps: int = 3
+    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: str, damping: float, team: Team, sweeps: int = SWEEPS
 ) -> Codes:
     """Codes of ``weight`` float32 [out, in] for inputs with ``gram``; see ``curvature``, and ``descend`` for sweeps.
 
@@ -92,7 +93,7 @@ def columns_of(grid: Grid, weight: torch.Tensor) -> int:
     return weight.shape[1] if grid.group_size == -1 else grid.group_size
 
 
-def rounded(weight: torch.Tensor, seen: Curvature, grid: Grid, team: Team, sweeps: int = 3) -> Codes:
+def rounded(weight: torch.Tensor, seen: Curvature, grid: Grid, team: Team, sweeps: int = SWEEPS) -> Codes:
     """As ``gptq``, of an input whose curvature is known: linears that read one input share it."""
     size = columns_of(grid, weight)
 

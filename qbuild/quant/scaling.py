@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qbuild.calibration.extent import TRIED_ROWS
 from qbuild.quant.families import Group
 from qbuild.quant.grid import Grid, nearest
 from qbuild.quant.team import Team
@@ -22,7 +23,6 @@ __all__ = ["Seen", "fold", "gram_loss", "search"]
 EXPONENTS = 20  # powers of the mean magnitude to choose from: 0, 0.05, …
 STRIDES = 4, 2, 1  # between those that are tried, first of all, then around the best
 LEAST = 1e-4
-ROWS = 1024  # of a linear, evenly chosen, tell which scale is best
 BLOCK, BLOCKS = 256, 16  # columns of a product in a loss, and how many there are at most
 
 
@@ -63,7 +63,7 @@ def search(
     """
     tokens = sum(one.count for one in seen)
     magnitudes = _shared(sum((one.magnitudes * (one.count / tokens) for one in seen), torch.tensor(0.0)), group)
-    some = [weight[:: -(-len(weight) // ROWS)] for weight in weights]
+    some = [weight[:: -(-len(weight) // TRIED_ROWS)] for weight in weights]
 
     def loss(scale: torch.Tensor) -> float:
         lost = (gram_loss(w - nearest(w * scale, grid) / scale, one.gram) for w, one in zip(some, seen, strict=True))

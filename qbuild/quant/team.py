@@ -13,17 +13,18 @@ from typing import TypeVar
 
 import torch
 
+from qbuild.calibration.extent import SOLVED_ROWS, SOLVED_WEIGHTS
+
 __all__ = ["Team", "split"]
 
 T = TypeVar("T")
 R = TypeVar("R")
-TOGETHER = 1 << 21  # weights whose rows a thread solves at a time
-LEAST_ROWS, DEVICE_ROWS = 256, 4096
+DEVICE_ROWS = 4096
 
 
 def split(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows that are solved at a time: as many as the shape and the kind of device say, and so are the results."""
-    rows = max(LEAST_ROWS, TOGETHER // weight.shape[1]) if weight.device.type == "cpu" else DEVICE_ROWS
+    rows = max(SOLVED_ROWS, SOLVED_WEIGHTS // weight.shape[1]) if weight.device.type == "cpu" else DEVICE_ROWS
     return tuple(weight.split(rows))
 
 
