@@ -7,7 +7,8 @@ tokens; JOBs choose some. The other tools run in FOLDER/env/TOOL/bin/python: mak
 packages of ``PACKAGES``; a job whose tool is not there is left out, and said. What was measured stays in FOLDER, so
 that a job can be run again alone: take its folder away. Without --model it says what it needs and stops.
 
---layers N cuts the model after N layers: for tools that are too slow for all.
+--layers N cuts the model after N layers: for tools that are too slow for all. --device cuda is for those that are too
+slow on a CPU.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ JOBS = {
     "auto_round-rtn-sym": peer("auto_round", AUTO_ROUND, symmetric=True, iters=0),
     "auto_round-20": peer("auto_round", AUTO_ROUND, symmetric=False, iters=20),
     "auto_round-200": peer("auto_round", AUTO_ROUND, symmetric=False, iters=200),
+    "auto_round-200-sym": peer("auto_round", AUTO_ROUND, symmetric=True, iters=200),
 }
 
 
@@ -124,7 +126,7 @@ def _ours(job: Job, args: argparse.Namespace, folder: Path) -> tuple[list[str], 
         sys.executable, "-m", "qbuild", f"model.source={args.model}", f"target={job.target}", *job.words,
         f"calibration.source={args.calibration}", f"calibration.samples={args.samples}",
         f"calibration.length={args.length}", f"store.dir={folder}/store", f"out={folder}/made",
-        f"budget.threads={args.threads}",
+        f"budget.threads={args.threads}", f"device={args.device}",
     ]  # fmt: skip
     return command, dict(os.environ)
 
@@ -133,7 +135,7 @@ def _theirs(job: Job, args: argparse.Namespace, folder: Path) -> tuple[list[str]
     request = {
         "driver": str(job.driver), "model": str(args.model), "tokens": str(args.work / "calibration.json"),
         "out": f"{folder}/out", "bits": 4, "group_size": 64, "symmetric": job.symmetric, "damping": 0.05,
-        "dtype": "bfloat16", "device": "cpu", "threads": args.threads, **job.settings,
+        "dtype": "bfloat16", "device": args.device, "threads": args.threads, **job.settings,
     }  # fmt: skip
     (folder / "request.json").write_text(json.dumps(request))
     python = args.work / "env" / job.tool / "bin" / "python"
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--costs", action="store_true", help="evaluate nothing")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()

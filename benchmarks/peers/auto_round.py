@@ -19,7 +19,7 @@ def quantize(request: dict[str, Any]) -> None:
     quantizer = AutoRound(
         model, tokenizer, bits=request["bits"], group_size=request["group_size"], sym=request["symmetric"],
         dataset=batches, iters=request["iters"], nsamples=len(tokens), seqlen=tokens.shape[1], batch_size=8,
-        device_map="cpu",
+        device_map=request["device"],
     )  # fmt: skip
     out = Path(request["out"])
     quantizer.quantize_and_save(str(out), format="auto_gptq" if request["symmetric"] else "auto_awq")
