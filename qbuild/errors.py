@@ -14,10 +14,23 @@ Anything else that escapes is a bug in qbuild and is reported as one (``BUG:``).
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import dataclass
+
 __all__ = [
-    "ActionFailed", "BudgetRefused", "ConfigError", "InputChanged", "InputError", "Interrupted", "QbuildError",
-    "StoreError",
+    "WIDTH", "ActionFailed", "BudgetRefused", "ConfigError", "InputChanged", "InputError", "Interrupted", "Notice",
+    "QbuildError", "StoreError", "told",
 ]  # fmt: skip
+
+WIDTH = 80  # columns of what people read
+
+
+def told(place: str, fact: str, remedy: str) -> str:
+    """Place and fact, then the remedy set in and wrapped: one may list every choice."""
+    lines = [f"{place}: {fact}" if place else fact]
+    for line in remedy.splitlines():
+        lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+    return "\n".join(lines)
 
 
 class QbuildError(Exception):
@@ -30,8 +43,7 @@ class QbuildError(Exception):
         self.place, self.fact, self.remedy = place, fact, remedy
 
     def __str__(self) -> str:
-        head = f"{self.place}: {self.fact}" if self.place else self.fact
-        return head + "".join(f"\n  {line}" for line in self.remedy.splitlines())
+        return told(self.place, self.fact, self.remedy)
 
 
 class ActionFailed(QbuildError):
@@ -60,3 +72,15 @@ class InputChanged(InputError):
 
 class Interrupted(QbuildError):
     exit_code = 130
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What is probably not meant, and no error: it stops nothing and changes no byte."""
+
+    place: str
+    fact: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return told(self.place, self.fact, self.remedy)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ def build(config: schema.Config, sink: Sink, since: int | None = None) -> dict[s
     # A launcher may have sent the job to a machine whose clock is behind.
     planned = partial(plan.make, config, fetch=True, began=now if since is None else min(since, now))
     made = _sound_plan(planned, sink)
+    for notice in made.resolved.notices:
+        sink.message("notice", str(notice))
     with ExitStack() as stack:
         stack.enter_context(made.store.in_use())
         waited, waiting = False, partial(sink.message, "info", "waiting for another build that makes the same file")
@@ -312,6 +314,7 @@ class _Build:
             },
             "targets": {t.name: self.results[t.name] for t in self.plan.targets},
             "evaluation": self.evaluation,
+            "notices": [asdict(notice) for notice in resolved.notices],
             "totals": self.totals | {"wall_seconds": round(seconds, 3)},
             "jobs": self.jobs.noted,
             "versions": {"qbuild": qbuild.__version__} | plan.versions(kinds),

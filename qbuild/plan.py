@@ -158,6 +158,7 @@ class Plan:
             "strategy": asdict(self.strategy),
             "to_compile": list(self.kernels),
             "steps": [asdict(step) for step in (*self.steps, *self.gguf_pass, *self.after)],
+            "notices": [asdict(notice) for notice in self.resolved.notices],
             "targets": {t.name: t.to_json() for t in self.targets},
         }
 

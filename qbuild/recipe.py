@@ -21,7 +21,7 @@ from qbuild.budget import parse_size
 from qbuild.calibrated import CalibratedTarget, Calibration, Evaluation, Limit
 from qbuild.checkpoint import Checkpoint, shapes
 from qbuild.digest import Digest, digest_bytes
-from qbuild.errors import ConfigError, InputError
+from qbuild.errors import ConfigError, InputError, Notice
 from qbuild.ggml import FILE_TYPES, QTYPES, nearest_file_type
 from qbuild.gguffile import Named, layout, shards, split_name
 from qbuild.graph import Action, Graph, Input, Output, Source
@@ -66,7 +66,7 @@ class Resolved:
     """A configuration as a graph. ``name`` is the model's name in file names.
 
     ``awaited``: the action that makes the importance matrix which some target waits for. ``matrix_files``: importance
-    matrices that were given.
+    matrices that were given. ``notices``: what of the configuration is probably not meant.
     """
 
     config: schema.Config
@@ -81,6 +81,7 @@ class Resolved:
     awaited: str | None = None
     evaluation: Evaluation | None = None
     matrix_files: Mapping[Digest, InputFile] = field(default_factory=dict)
+    notices: tuple[Notice, ...] = ()
 
     @property
     def files(self) -> tuple[FileTarget, ...]:
@@ -162,6 +163,7 @@ def resolve(
         awaited=builder.awaited,
         evaluation=evaluation,
         matrix_files=builder.matrix_files,
+        notices=tuple(builder.notices),
     )
 
 
@@ -197,6 +199,7 @@ class _Builder:
         self.kvs = self._metadata()
         self.calibration = self._calibration()
         self.awaited: str | None = None
+        self.notices: list[Notice] = []
 
     def _calibration(self) -> Calibration | None:
         if not calibrates(self.config) and self.config.evaluation.source is None:
@@ -241,6 +244,7 @@ class _Builder:
         self._check_overrides(target, place)
         kept = mix.pruned(self.specs, target.prune_layers, f"{place}.prune_layers")
         named = [replace(spec, name=new) for spec, new in kept]
+        self._notice_patterns(target, [spec.name for spec in named], place)
         types = [type_ for _, type_ in mix.choose(named, self.facts, _mix(target))]
         choices = tuple((spec, type_) for (spec, _), type_ in zip(kept, types, strict=True))
         matrix = self._imatrix(target, place) if target.imatrix else None
@@ -256,6 +260,14 @@ class _Builder:
         ids = tuple(output.action for output in tensors)
         awaits = isinstance(matrix, Output)
         return FileTarget(name, names, params.tensors, choices, ids, made.action, params.shards, awaits)
+
+    def _notice_patterns(self, target: schema.GgufTarget, names: list[str], place: str) -> None:
+        """A pattern that matches nothing is no error: a recipe may name experts, and be used for a model without."""
+        for pattern in mix.unmatched(names, _mix(target)):
+            kinds = mix.kinds(names)
+            near = schema.nearest(pattern, kinds)
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"tensors: {', '.join(kinds)}"
+            self.notices.append(Notice(f"{place}.tensor_types.{pattern}", "no tensor has such a name", remedy))
 
     def fit_target(self, name: str, target: schema.FitTarget) -> FileTarget | CalibratedTarget:
         """A file whose types damage decides: a file like any other as soon as they are known."""

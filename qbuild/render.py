@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qbuild.budget import format_size
+from qbuild.errors import WIDTH, told
 from qbuild.progress import duration
 
 __all__ = ["collected", "error", "plan", "result", "status", "sweep", "table", "verified"]
 
-WIDTH = 80
 Document = Mapping[str, Any]
 
 
@@ -47,7 +47,7 @@ def plan(document: Document) -> str:
         lines += [line, *_types(target["types"]), f"  {_short(target['path'])}: {_outlook(target['verdict'])}"]
     lines.append("")
     if not document["steps"]:
-        return _text([*lines, "nothing to do"])
+        return _text([*lines, "nothing to do", *_notices(document)])
     lines += _steps(document["steps"])
     rows = [["", "needs", "budget"], ["RAM", format_size(needs["ram"]), format_size(budget["ram"])]]
     if needs["vram"]:
@@ -59,7 +59,12 @@ def plan(document: Document) -> str:
     if document["to_compile"]:
         kernels = ", ".join(document["to_compile"])
         lines += textwrap.wrap(f"and some 10 s a kernel that this machine has not compiled yet: {kernels}", WIDTH)
-    return _text(lines)
+    return _text([*lines, *_notices(document)])
+
+
+def _notices(document: Document) -> list[str]:
+    found = [f"notice: {told(one['place'], one['fact'], one['remedy'])}" for one in document["notices"]]
+    return ["", *found] if found else []
 
 
 def _steps(steps: Sequence[Document]) -> list[str]:
@@ -158,11 +163,7 @@ def sweep(document: Document) -> str:
 
 def error(document: Document) -> str:
     """Place, fact and remedy of an error document."""
-    head = f"{document['place']}: {document['fact']}" if document["place"] else document["fact"]
-    lines = [f"qbuild: {head}"]
-    for line in document["remedy"].splitlines():
-        lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
-    return _text(lines)
+    return f"qbuild: {told(document['place'], document['fact'], document['remedy'])}\n"
 
 
 def status(document: Document) -> str:

@@ -12,7 +12,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -47,6 +47,7 @@ __all__ = [
     "label",
     "nearest",
     "parse",
+    "says_what_it_makes",
     "sections",
 ]
 
@@ -409,18 +410,24 @@ def _made_by(backend: str) -> str:
     return "" if backend == NATIVE else f"-{backend}"
 
 
-def parse(data: Mapping[str, Any]) -> Config:
-    """The configuration a plain mapping holds (what OmegaConf.to_container gives)."""
+def parse(data: Mapping[str, Any], known: Collection[str] = ()) -> Config:
+    """The configuration a plain mapping holds (what OmegaConf.to_container gives). ``known``: names of targets that can
+    be chosen, which one that is not may stand for."""
     config = _parse(Config, {k: v for k, v in data.items() if k != "targets"}, "")
     targets = data.get("targets") or {}
     if not isinstance(targets, Mapping):
         raise ConfigError("targets", f"is {_shown(targets)}, not a mapping", "target=gguf/q4_k_m fills it")
     if config.store.limit is not None:
         parse_size(config.store.limit, "store.limit")
-    return dataclasses.replace(config, targets={str(name): _target(str(name), t) for name, t in targets.items()})
+    return dataclasses.replace(config, targets={str(name): _target(str(name), t, known) for name, t in targets.items()})
 
 
-def _target(name: str, data: Any) -> Target:
+def says_what_it_makes(target: Any) -> bool:
+    """Whether settings are a target's: else they are of one that ``target=…`` has to choose."""
+    return not isinstance(target, Mapping) or "ftype" in target or "format" in target
+
+
+def _target(name: str, data: Any, known: Collection[str]) -> Target:
     place = f"targets.{name}"
     if not isinstance(data, Mapping):
         raise ConfigError(place, f"is {_shown(data)}, not a mapping", f"{place}: {{format: gguf, ftype: Q4_K_M}}")
@@ -428,6 +435,10 @@ def _target(name: str, data: Any) -> Target:
     if format_ not in FORMATS:
         raise ConfigError(f"{place}.format", f"{format_!r} is not a target format", close(str(format_), FORMATS))
     target = _parse(FORMATS[format_], data, place)
+    if not says_what_it_makes(data):
+        near = [f"did you mean {' or '.join(found)}?"] if (found := nearest(name, known)) else []
+        own = f"a target of your own says what it makes: {place}.ftype=Q4_K_M"
+        raise ConfigError(place, "no target has this name", "\n".join([*near, own]))
     if isinstance(target, GgufTarget):
         _check_weights(target, place)
     if isinstance(target, FitTarget) and (target.max_size is None) == (target.max_bpw is None):

@@ -15,7 +15,7 @@ from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.errors import ConfigError
 from qbuild.ggml import FILE_TYPES, QTYPES
 
-__all__ = ["Mix", "choose", "layers", "needs_imatrix", "order", "pruned", "quantizable"]
+__all__ = ["Mix", "choose", "kinds", "layers", "needs_imatrix", "order", "pruned", "quantizable", "unmatched"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,17 @@ def choose(specs: Sequence[TensorSpec], facts: ModelFacts, mix: Mix) -> list[tup
     """Every tensor with its type, in file order."""
     walk = _Walk(specs, facts, mix)
     return [(spec, walk.type_of(spec)) for spec in order(specs)]
+
+
+def unmatched(names: Sequence[str], mix: Mix) -> list[str]:
+    """Patterns of ``mix.tensor_types`` that match no tensor's name: llama-quantize ignores them."""
+    patterns = ((text, _pattern(text, mix.file_type)) for text, _ in mix.tensor_types)
+    return [text for text, pattern in patterns if not any(map(pattern.search, names))]
+
+
+def kinds(names: Iterable[str]) -> list[str]:
+    """What tensors are called in every layer: ``blk.0.ffn_down.weight`` is ffn_down."""
+    return list(dict.fromkeys(_NUMBER.sub("", name).rpartition(".")[0] for name in names))
 
 
 def needs_imatrix(choices: Sequence[tuple[TensorSpec, str]], mix: Mix) -> str | None:

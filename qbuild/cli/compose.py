@@ -33,11 +33,13 @@ Task = Callable[[schema.Config], Any]  # runs a job and returns how it went
 @dataclass(frozen=True)
 class Job:
     """One composed configuration and the overrides it came from. ``volatile``: it holds a value taken from outside the
-    configuration (an environment variable, the time), so the same words may mean another build tomorrow."""
+    configuration (an environment variable, the time), so the same words may mean another build tomorrow. ``unchosen``:
+    names of targets that have settings, and that nothing chose."""
 
     config: schema.Config
     overrides: tuple[str, ...]
     volatile: bool
+    unchosen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,15 +174,11 @@ def _job(config: Any, targets: frozenset[str]) -> Job:
     job = OmegaConf.create(plain, parent=config)
     volatile = re.search(r"\$\{[\w.]+:", OmegaConf.to_yaml(job)) is not None
     values = typing.cast(dict[str, Any], OmegaConf.to_container(job, resolve=True))
-    given = values.get("targets")
-    if isinstance(given, dict):
-        values["targets"] = {name: one for name, one in given.items() if name not in targets or _has_type(one)}
-    return Job(schema.parse(values), words, volatile)
-
-
-def _has_type(target: Any) -> bool:
-    """Every target that was chosen says what it makes; one that is only set by a recipe does not."""
-    return not isinstance(target, dict) or "ftype" in target or "format" in target
+    given = values["targets"] if isinstance(values.get("targets"), dict) else {}
+    unchosen = tuple(n for n, one in given.items() if n in targets and not schema.says_what_it_makes(one))
+    for name in unchosen:
+        del given[name]
+    return Job(schema.parse(values, targets), words, volatile, unchosen)
 
 
 def _options(loader: Any, group: str, prefix: str) -> Iterable[str]:

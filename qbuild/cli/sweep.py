@@ -162,7 +162,8 @@ def joined(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         measured |= (document["evaluation"] or {}).get("targets", {})
         jobs |= {f"{number}: {name}" if name in jobs else name: job for name, job in document["jobs"].items()}
     evaluation = next((d["evaluation"] for d in documents if d["evaluation"]), None)
-    found = {"targets": targets, "jobs": jobs, "totals": _added([d["totals"] for d in documents])}
+    notices = [notice for document in documents for notice in document["notices"]]
+    found = {"targets": targets, "notices": notices, "jobs": jobs, "totals": _added([d["totals"] for d in documents])}
     return dict(documents[-1]) | found | {"evaluation": evaluation and {**evaluation, "targets": measured}}
 
 

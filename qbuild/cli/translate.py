@@ -37,7 +37,7 @@ def translated(overrides: list[str], names: Names) -> Iterator[None]:
     except YAMLError as error:
         raise ConfigError("configuration", f"is not YAML: {error}", YAML_REMEDY) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise _composition(error, overrides) from None
+        raise _composition(error, overrides, names) from None
     except ValueError as error:
         if not _raised_in(error, ("hydra", "omegaconf")):
             raise
@@ -66,24 +66,26 @@ def _missing(name: str, text: str, overrides: list[str], names: Names) -> Config
     return ConfigError(place, f"there is no {group} named {choice!r}", remedy)
 
 
-def _composition(error: Exception, overrides: list[str]) -> ConfigError:
+def _composition(error: Exception, overrides: list[str], names: Names) -> ConfigError:
     """Hydra and OmegaConf say what is wrong in prose only; the patterns below are those of 1.3 and 2.3."""
     text = f"{error}\n{error.__cause__ or error.__context__ or ''}"
     file = re.search(r"In '([^']+)': \w+ raised while composing", text)
     where = f"{file[1]}.yaml: " if file else ""
     key = re.search(r"full_key: (\S+)", text)
     if (found := re.search(r"Could not override '([^']+)'", text)) is not None:
-        return _unknown(found[1], next((o for o in overrides if o.startswith(f"{found[1]}=")), found[1]), overrides)
+        return _unknown(
+            found[1], next((o for o in overrides if o.startswith(f"{found[1]}=")), found[1]), overrides, names
+        )
     if (found := re.search(r"Ambiguous value for argument '([^']+)'", text)) is not None:
         name, _, values = found[1].partition("=")
         remedy = f"as a list: '{name}=[{values}]'\nas a sweep, one build each: -m {found[1]}"
         return ConfigError(found[1], "several values for one setting", remedy)
     if key is not None and re.search(r"Key '[^']+' (not in|is not in struct)", text):
-        return _unknown(key[1], where + key[1], overrides)
+        return _unknown(key[1], where + key[1], overrides, names)
     if (found := re.search(r"is not a subclass of (\w+)", text)) is not None:
         section = next((s for s, node in schema.sections().items() if node.__name__ == found[1]), "configuration")
-        names = ", ".join(f"{section}.{name}" for name in schema.keys(schema.sections().get(section, schema.Config)))
-        return ConfigError(where + section, "is a group of keys, not a value", names)
+        listed = ", ".join(f"{section}.{name}" for name in schema.keys(schema.sections().get(section, schema.Config)))
+        return ConfigError(where + section, "is a group of keys, not a value", listed)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     facts = [line for line in lines if not re.search(NOISE, line)]
     fact = facts[0] if facts else type(error).__name__
@@ -91,32 +93,63 @@ def _composition(error: Exception, overrides: list[str]) -> ConfigError:
     return ConfigError(where + (key[1] if key else "configuration"), fact[:1].lower() + fact[1:], rest)
 
 
-def _unknown(key: str, place: str, overrides: list[str]) -> ConfigError:
+def _unknown(key: str, place: str, overrides: list[str], names: Names) -> ConfigError:
     """A key that does not exist: the keys at the level where it goes wrong."""
     head, _, rest = key.partition(".")
     sections = schema.sections()
-    every = dict.fromkeys(key for format_ in schema.FORMATS.values() for key in schema.keys(format_))
     if head == "recipe":
         remedy = f"a recipe is added with a plus: +{place}"
     elif head == "targets":
-        name, dot, wrong = rest.partition(".")
-        chosen = _chosen(overrides)
-        if chosen and name not in chosen:
-            meant = [one for one in chosen if one.endswith(f"_{name}")] or schema.nearest(name, chosen) or chosen
-            fact = f"no target is called {name!r}"
-            return ConfigError(
-                place, fact, f"did you mean {' or '.join(f'targets.{one}{dot}{wrong}' for one in meant)}?"
-            )
-        remedy = f"{schema.close(wrong, every)}\nand targets.{name} is there only once target=… has chosen it"
-    elif head in every and head not in schema.keys(schema.Config):
+        return _setting(rest, place, _chosen(overrides), names)
+    elif head in _settings() and head not in schema.keys(schema.Config):
         value = place.partition("=")[2] or "…"
-        names = _chosen(overrides) or ["NAME"]
-        remedy = f"it is a setting of a target: {' or '.join(f'targets.{name}.{key}={value}' for name in names)}"
+        targets = _chosen(overrides) or ["NAME"]
+        remedy = f"it is a setting of a target: {' or '.join(f'targets.{name}.{key}={value}' for name in targets)}"
     elif rest and head in sections:
         remedy = schema.close(rest, schema.keys(sections[head]))
     else:
         remedy = schema.close(head, [*schema.keys(schema.Config), "target"])
     return ConfigError(place, "there is no such key", remedy)
+
+
+def _setting(rest: str, place: str, chosen: list[str], names: Names) -> ConfigError:
+    """``targets.<rest>``, where there is no such target, or its targets have no such setting."""
+    name, dot, wrong = rest.partition(".")
+    if chosen and name not in chosen:
+        meant = [one for one in chosen if one.endswith(f"_{name}")] or schema.nearest(name, chosen) or chosen
+        remedy = f"did you mean {' or '.join(f'targets.{one}{dot}{wrong}' for one in meant)}?"
+        return ConfigError(place, f"no target is called {name!r}", remedy)
+    format_, in_file = _format(name, names), not place.startswith("targets.")
+    if format_ is not None and (chosen or in_file):
+        return _no_setting(format_, wrong, place, names)
+    remedy = f"{schema.close(wrong, _settings())}\nand targets.{name} is there only once target=… has chosen it"
+    return ConfigError(place, "there is no such key", remedy)
+
+
+def _settings() -> list[str]:
+    """Of targets of all formats."""
+    return list(dict.fromkeys(key for format_ in schema.FORMATS.values() for key in schema.keys(format_)))
+
+
+def _format(name: str, names: Names) -> str | None:
+    """The format of a target that can be chosen, as far as its folder tells."""
+    choice = next((c for c in names("target") if target_name(c) == name), "")
+    format_ = "fit" if choice == "gguf/fit" else choice.partition("/")[0]
+    return format_ if format_ in schema.FORMATS else None
+
+
+def _no_setting(format_: str, key: str, place: str, names: Names) -> ConfigError:
+    """A setting that targets of a format do not have, and others may."""
+    owners = [other for other, cls in schema.FORMATS.items() if key in schema.keys(cls)]
+    if not owners:
+        return ConfigError(place, "there is no such key", schema.close(key, schema.keys(schema.FORMATS[format_])))
+    fact = f"a setting of {' and '.join(owners)} targets, not of {format_}"
+    if format_ == "awq" and key == "bits":
+        fact = "AWQ has 4 bits, always"
+    bits = place.partition("bits=")[2]
+    others = [c for c in names("target") if c.partition("/")[0] in owners and f"/w{bits}" in c] if bits else []
+    own = f"choices: {', '.join(schema.keys(schema.FORMATS[format_]))}"
+    return ConfigError(place, fact, f"with {bits} bits: {', '.join(others)}" if others else own)
 
 
 def _chosen(overrides: list[str]) -> list[str]:

@@ -51,8 +51,11 @@ def test_a_mapping_is_a_configuration(tmp_path: Path) -> None:
 def test_what_is_wrong_is_an_error_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such key"):
         qbuild.build({"modle": {}})
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="no target has this name"):
+        qbuild.build({"model": {"source": str(TINY)}, "targets": {"q5_k_m": {"pure": True}}})
+    with pytest.raises(ConfigError) as raised:
         qbuild.configure("target=gguf/q4_k_x", folder=tmp_path)
+    assert max(map(len, str(raised.value).splitlines())) <= 80
     with pytest.raises(InputError):
         qbuild.build({"model": {"source": str(tmp_path / "none")}, "targets": {"a": {"ftype": "Q4_0"}}})
 

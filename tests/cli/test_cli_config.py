@@ -67,7 +67,24 @@ def test_what_a_recipe_sets_of_a_target_that_is_not_chosen_makes_no_target(proje
     assert list(composed("+recipe=llama7b_release", "target=gguf/q2_k").config.targets) == ["q2_k"]
     assert composed("+recipe=llama7b_release", "target=gguf/q2_k").config.targets["q2_k"].imatrix == "auto"
     write(project / "recipes" / "own.yaml", "targets:\n  q6_k: {output_type: Q8_0}\n  small: {ftype: Q4_0}\n")
-    assert list(composed("+recipe=own", "target=awq/w4_g64").config.targets) == ["awq_w4_g64", "small"]
+    own = composed("+recipe=own", "target=awq/w4_g64")
+    assert list(own.config.targets) == ["awq_w4_g64", "small"]
+    assert own.unchosen == ("q6_k",)
+
+
+def test_what_is_set_and_does_nothing_is_told_and_stops_nothing(project: Path, qbuild: Run) -> None:
+    types = "{ffn_dwn: Q8_0, ffn_down: Q6_K, zz: Q6_K}"
+    text = f"targets:\n  q4_k_m: {{tensor_types: {types}}}\n  q5_k_m: {{pure: true}}\n  q6_k: {{pure: true}}\n"
+    write(project / "recipes" / "own.yaml", f"defaults:\n  - override /model: tinyllama1b\n{text}")
+    planned = qbuild("plan", "-m", "+recipe=own", "target=gguf/q4_k_m,gguf/q5_k_m", "format=json")
+    assert planned.err == "notice: set in targets, but not chosen: q6_k\n"
+    first, second = planned.document["builds"][0]["notices"]
+    assert first["place"] == "targets.q4_k_m.tensor_types.ffn_dwn"
+    assert first["remedy"] == "did you mean ffn_down or ffn_norm or ffn_up?"
+    assert (second["place"], second["remedy"][:8]) == ("targets.q4_k_m.tensor_types.zz", "tensors:")
+    told = qbuild("plan", "+recipe=own", "target=gguf/q4_k_m")
+    assert told.err == "notice: set in targets, but not chosen: q5_k_m, q6_k\n"
+    assert "\n\nnotice: targets.q4_k_m.tensor_types.ffn_dwn: no tensor has such a name\n  did you mean" in told.out
 
 
 def test_tensor_types_keep_their_order_and_may_hold_dots(project: Path) -> None:
@@ -117,6 +134,11 @@ def test_nothing_of_a_configuration_can_be_changed(project: Path) -> None:
 BROKEN = {
     "typo": ("modle:\n  source: x\n", "did you mean model?"),
     "nested": ("model:\n  sorce: x\n", "did you mean source?"),
+    "target": ("targets:\n  q4_km:\n    pure: true\n", "did you mean q4_k_m"),
+    "bits": (
+        "defaults:\n  - override /target: awq/w4_g64\ntargets:\n  awq_w4_g64: {bits: 3}\n",
+        "choices: format, suffix, group",
+    ),
     "field": ("targets:\n  x:\n    ftpe: Q8_0\n", "did you mean ftype?"),
     "value": ("targets:\n  x:\n    ftype: q8_0\n", "did you mean Q8_0"),
     "format": ("targets:\n  x:\n    format: ggfu\n", "did you mean gguf?"),
@@ -162,6 +184,11 @@ def test_a_mistake_in_a_file_is_an_error_with_a_way_out(project: Path, qbuild: R
         ('backend.pip="--find-links=\'x"', "quotation"),
         ("target=awq/w4_g128 targets.w4_g128.group_size=64", "did you mean targets.awq_w4_g128.group_size?"),
         ("target=[gguf/q4_k_m,gptq/w4_g64] targets.q4_km.pure=true", "did you mean targets.q4_k_m.pure?"),
+        ("target=awq/w4_g64 targets.awq_w4_g64.bits=3", "with 3 bits: gptq/w3_g128, gptq/w3_g32, gptq/w3_g64"),
+        (
+            "target=awq/w4_g64 targets.awq_w4_g64.grup_size=64",
+            "did you mean group_size?\nchoices: format, suffix, group_",
+        ),
         ("target=gguf/q4_k_m targets.q4_km=3", "did you mean targets.q4_k_m?"),
         ("target=gguf/q8_0 max_shard_size=5GB", "it is a setting of a target: targets.q8_0.max_shard_size=5GB"),
         ("pure=true", "it is a setting of a target: targets.NAME.pure=true"),

@@ -36,6 +36,7 @@ def planned(*targets: dict[str, Any], steps: tuple[dict[str, Any], ...] = (step(
         "predicted": {"ram": 400 << 20, "vram": 0, "disk": 4 << 30, "read_bytes": 12 << 30, "seconds": 58.0},
         "strategy": {"chunk_bytes": 1 << 23, "threads": 8},
         "to_compile": [],
+        "notices": [],
         "steps": list(steps),
         "targets": {t["name"]: t for t in targets},
     }

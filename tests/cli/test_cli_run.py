@@ -41,7 +41,7 @@ def built(config: schema.Config) -> dict[str, Any]:
         None if config.evaluation.source is None else {"source": "t", "targets": dict.fromkeys(targets, MEASURED)}
     )
     jobs = {"gguf pass": {"predicted_ram": 9 << 20, "peak_ram": 9 << 20, "seconds": 0.5}}
-    beside = {"evaluation": evaluation, "totals": totals, "jobs": jobs, "versions": {"qbuild": "0"}}
+    beside = {"evaluation": evaluation, "notices": [], "totals": totals, "jobs": jobs, "versions": {"qbuild": "0"}}
     return {"model": model, "targets": targets, **beside}
 
 
