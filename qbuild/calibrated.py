@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from qbuild import device, fit, machine, schema
+from qbuild import device, fit, imatrix, machine, schema
 from qbuild.actions import (
     backend,
     directory,
@@ -29,6 +29,7 @@ from qbuild.backends.environment import Environment, environment
 from qbuild.backends.run import suit
 from qbuild.budget import parse_size
 from qbuild.calibration import extent
+from qbuild.calibration.imatrix import shapes as entry_shapes
 from qbuild.calibration.texts import documents, files
 from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest, digest_bytes
@@ -184,6 +185,15 @@ class Calibration:
         return self.graph.add(Action(MATRIX, importance.KIND, params, tuple(inputs)))
 
     @cached_property
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """(matrices, columns) of each entry of the importance matrix."""
+        return entry_shapes(self.specs, {linear.name for layer in self.model.layers for linear in layer.linears})
+
+    @property
+    def matrix_bytes(self) -> int:
+        return imatrix.size(self.matrix_shapes, [Path(self.config.calibration.source).name])
+
+    @cached_property
     def sensitivity(self) -> Output:
         """What errors of every weight cost. It depends on all weights: gradients come from the model's end."""
         params = sensitivity.Params(sensitivity.WINDOWS, self.config.calibration.dtype, self.device)
@@ -196,15 +206,16 @@ class Calibration:
         if isinstance(target, schema.DirectoryTarget):
             return self._directory(name, target, f"{model}-{schema.label(target)}")
         made = tuple(output.action for output in self.statistics)
-        values = sum(width for layer in self.model.layers for width in layer.inputs)
-        types = {"F32": (2 * len(self.specs), 4 * values)}
+        shapes = self.matrix_shapes
+        values = sum(matrices * (cols + 1) for matrices, cols in shapes.values())  # and a count of each matrix
+        types = {"F32": (2 * len(shapes), 4 * values)}
         file_name = f"{model}-{schema.label(target)}.gguf"
         return CalibratedTarget(
             name=name,
             file_name=file_name,
             tensors=made,
             action=self.matrix.action,
-            nbytes=4 * values,
+            nbytes=self.matrix_bytes,
             exact=False,
             weights=self.model.weights,
             types=types,

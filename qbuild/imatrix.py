@@ -15,9 +15,20 @@ import numpy as np
 
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import ConfigError, InputError
-from qbuild.gguffile import GgufHeader, GGUFType, decode_kv, encode_kv, header, layout, parse_header
+from qbuild.gguffile import (
+    KV,
+    GgufHeader,
+    GGUFType,
+    Named,
+    decode_kv,
+    encode_kv,
+    header,
+    header_size,
+    layout,
+    parse_header,
+)
 
-__all__ = ["Imatrix", "Noted", "counts", "dump", "load", "noted", "parse"]
+__all__ = ["Imatrix", "Noted", "counts", "dump", "load", "noted", "parse", "size"]
 
 Noted = tuple[str, str | None, int, int]  # file, data set, entries, chunks
 
@@ -98,27 +109,42 @@ def dump(
     ``entries``: by weight name, the sums of squares float32 [matrices, columns] and the rows each matrix saw, float32
     [matrices] (an expert of its own rows); ``chunk_size`` in tokens.
     """
-    tensors = []
-    for name, (sums, counts) in sorted(entries.items()):
+    for name, (sums, counts) in entries.items():
         if sums.ndim != 2 or counts.shape != sums.shape[:1]:
             raise ValueError(f"BUG: {name} has sums {sums.shape} and counts {counts.shape}")
-        alone = len(counts) == 1  # ggml does not count outer dimensions of one
-        tensors += [
-            (name + SUMS, sums.reshape(-1) if alone else sums),
-            (name + COUNTS, counts if alone else counts.reshape(-1, 1)),
+    named = _named({name: (sums.shape[0], sums.shape[1]) for name, (sums, _) in entries.items()})
+    offsets, nbytes = layout(named)
+    data = bytearray(nbytes)
+    for values, offset in zip((v for _, pair in sorted(entries.items()) for v in pair), offsets, strict=True):
+        data[offset : offset + 4 * values.size] = values.astype("<f4").tobytes()
+    return header(_kvs(datasets, chunks, chunk_size), named) + bytes(data)
+
+
+def size(shapes: Mapping[str, tuple[int, int]], datasets: Sequence[str]) -> int:
+    """Bytes of the file that ``dump`` makes of entries of these shapes, (matrices, columns) by weight name."""
+    named = _named(shapes)
+    return header_size(sum(len(kv.raw) for kv in _kvs(datasets, 0, 0)), named) + layout(named)[1]
+
+
+def _named(shapes: Mapping[str, tuple[int, int]]) -> list[Named]:
+    """Sums and counts of every weight. ggml does not count outer dimensions of one."""
+    found: list[Named] = []
+    for name, (matrices, cols) in sorted(shapes.items()):
+        alone = matrices == 1
+        found += [
+            (name + SUMS, (cols,) if alone else (matrices, cols), "F32"),
+            (name + COUNTS, (1,) if alone else (matrices, 1), "F32"),
         ]
-    kvs = [
+    return found
+
+
+def _kvs(datasets: Sequence[str], chunks: int, chunk_size: int) -> list[KV]:
+    return [
         encode_kv("general.type", "imatrix", GGUFType.STRING),
         encode_kv("imatrix.datasets", list(datasets), GGUFType.ARRAY, GGUFType.STRING),
         encode_kv("imatrix.chunk_count", chunks, GGUFType.UINT32),
         encode_kv("imatrix.chunk_size", chunk_size, GGUFType.UINT32),
     ]
-    named = [(name, values.shape, "F32") for name, values in tensors]
-    offsets, size = layout(named)
-    data = bytearray(size)
-    for (_, values), offset in zip(tensors, offsets, strict=True):
-        data[offset : offset + 4 * values.size] = values.astype("<f4").tobytes()
-    return header(kvs, named) + bytes(data)
 
 
 def _parse_gguf(file: str, raw: bytes) -> Imatrix:

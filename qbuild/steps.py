@@ -355,7 +355,7 @@ class _Planner:
         made = [self.judge.verdicts[output.action].outputs for output in self.calibration.statistics]
         stored = [digest.size for outputs in made for digest in outputs]  # may hold more: Gram matrices
         ram = importance.RAM + 2 * max(planned + stored)
-        size = sum(4 * width for layer in self.model.layers for width in layer.inputs)
+        size = self.calibration.matrix_bytes
         return Step(importance.KIND, "the importance matrix", count=len(todo), ram=ram, seconds=1.0, disk=size)
 
     def sensitivity(self, todo: list[Action]) -> Step:
@@ -397,7 +397,8 @@ class _Planner:
             for a in todo
         )
         read = self._bytes({piece.source for spec in specs.values() for piece in spec.pieces})
-        label, threads = f"damage of {len(todo)} tensors in a type", self.budget.threads
+        tensors = len({spec.name for spec in specs.values()})
+        label, threads = f"{len(todo)} damages to {tensors} tensors", self.budget.threads
         return Step(
             damage.KIND, label, count=len(todo), ram=ram, seconds=1.0 + seconds / threads, read=read, threads=threads
         )

@@ -10,7 +10,7 @@ have none. Beyond those, none here either:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from math import prod
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from qbuild.arch.convert import TensorSpec
 from qbuild.calibration.statistics import Input, Statistics
 
-__all__ = ["entries"]
+__all__ = ["entries", "shapes"]
 
 
 def entries(specs: Sequence[TensorSpec], layers: Iterable[Statistics]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -44,7 +44,13 @@ def entries(specs: Sequence[TensorSpec], layers: Iterable[Statistics]) -> dict[s
     return made
 
 
-def _linears(spec: TensorSpec, seen: Mapping[str, Input | None]) -> list[str]:
+def shapes(specs: Sequence[TensorSpec], linears: Container[str]) -> dict[str, tuple[int, int]]:
+    """(matrices, columns) of every entry, where statistics know these linears: checkpoint names without .weight."""
+    found = {spec.name: (len(_linears(spec, linears)), spec.shape[-1]) for spec in specs}
+    return {name: shape for name, shape in found.items() if shape[0]}
+
+
+def _linears(spec: TensorSpec, seen: Container[str]) -> list[str]:
     """The linear of each matrix of a weight, as statistics name them; empty where they know none."""
     matrices = prod(spec.shape[:-2])
     sources = list(dict.fromkeys(piece.source.removesuffix(".weight") for piece in spec.pieces))

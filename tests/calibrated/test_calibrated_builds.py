@@ -45,7 +45,9 @@ def test_threads_and_spilled_states_change_no_byte(build: Build, project: Path) 
 
 def test_gc_frees_statistics_and_codes_and_what_was_made_of_them_still_counts(build: Build, qbuild: Run) -> None:
     build("target=awq/w4_g64")
+    planned = build("plan", "target=imatrix")["targets"]["imatrix"]["bytes"]
     alone = build("target=imatrix")  # the diagonals are in the store, within Gram matrices
+    assert planned == alone["targets"]["imatrix"]["bytes"]
     assert actions(alone) == {"calibration.imatrix": 1}
     made = build("target=[awq/w4_g64,imatrix]")
     assert actions(made) == {}
@@ -211,6 +213,7 @@ def test_targets_are_measured_against_their_source_once(build: Build, project: P
     found = made["evaluation"]["targets"]
     # llama-perplexity -m tiny-llama-F32.gguf -f license.txt -c 128 --chunks 8 -ctk f32 -ctv f32 -fa off
     assert found["f32"]["perplexity_llama"] == pytest.approx(44.6888, rel=1e-4)
+    assert {result["source_perplexity_llama"] for result in found.values()} == {found["f32"]["perplexity_llama"]}
     assert (found["f32"]["kl"], set(found["f32"]["weights"].values())) == (0, {0})
     assert 0 <= found["q8_0"]["kl"] < 0.01 < found["q2_k"]["kl"]
     assert found["awq_w4_g64"]["tokens"] == 8 * 128

@@ -18,6 +18,7 @@ import safetensors.torch
 from qbuild.arch.convert import tensor_specs
 from qbuild.arch.shapes import expected_tensors
 from qbuild.calibration.imatrix import entries
+from qbuild.calibration.imatrix import shapes as entry_shapes
 from qbuild.calibration.run import Pass, calibrate
 from qbuild.calibration.shapes import linears
 from qbuild.calibration.statistics import Input, Statistics
@@ -25,7 +26,7 @@ from qbuild.calibration.texts import documents
 from qbuild.calibration.tokens import Shape, begin_token, load_tokenizer, windows
 from qbuild.checkpoint import Checkpoint, open_path, shapes
 from qbuild.gguffile import read_header
-from qbuild.imatrix import dump, load
+from qbuild.imatrix import dump, load, size
 
 DATA = Path(__file__).parent.parent / "data"
 REFERENCE = DATA / "llama-imatrix" / "tiny-llama.gguf"
@@ -67,6 +68,8 @@ def numbers(checkpoint: Checkpoint, layers: list[Statistics]) -> dict[str, list[
     found = entries(tensor_specs(checkpoint), layers)
     for sums, counts in found.values():
         assert (sums == counts[:, None]).all()
+    planned = entry_shapes(tensor_specs(checkpoint), set(names.values()))
+    assert planned == {weight: sums.shape for weight, (sums, _) in found.items()}
     return {weight: [names[int(count)] for count in counts] for weight, (_, counts) in found.items()}
 
 
@@ -93,7 +96,10 @@ def test_the_file_is_llama_imatrix_s_but_for_rounding(ours: bytes, tmp_path: Pat
         assert mine[name].sum() == pytest.approx(values.sum(), rel=1e-3), name
     start = read_header(REFERENCE).data_offset
     assert ours[:start] == REFERENCE.read_bytes()[:start]
-    assert len(ours) == REFERENCE.stat().st_size
+    tiny = open_path(DATA / "tiny-llama", "tiny")
+    known = {linear.name for layer in range(3) for linear in linears("model.layers.", layer, sizes(tiny))}
+    planned = entry_shapes(tensor_specs(tiny), known)
+    assert size(planned, ["text.txt"]) == len(ours) == REFERENCE.stat().st_size
 
 
 def test_without_the_begin_token_the_windows_are_others(ours: bytes) -> None:
