@@ -26,12 +26,15 @@ class Evaluation:
     """A target against its source on the text of ``evaluation.source``.
 
     ``perplexity``: of all tokens of a window but its first; ``perplexity_llama``: of those in its second half, as
-    llama.cpp counts them. ``kl``: D(source ‖ target), nats a token. ``top1``: share of equal first choices. ``tokens``:
-    how many were compared. ``weights``: ‖W - Ŵ‖² / ‖W‖² of each matrix by its name in the source.
+    llama.cpp counts them; ``source_…``: the source's own. ``kl``: D(source ‖ target), nats a token. ``top1``: share of
+    equal first choices. ``tokens``: how many were compared. ``weights``: ‖W - Ŵ‖² / ‖W‖² of each matrix by its name in
+    the source.
     """
 
     perplexity: float
     perplexity_llama: float
+    source_perplexity: float
+    source_perplexity_llama: float
     kl: float
     top1: float
     tokens: int

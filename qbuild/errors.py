@@ -29,7 +29,9 @@ def told(place: str, fact: str, remedy: str) -> str:
     """Place and fact, then the remedy set in and wrapped: one may list every choice."""
     lines = [f"{place}: {fact}" if place else fact]
     for line in remedy.splitlines():
-        lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+        lines += textwrap.wrap(
+            line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 

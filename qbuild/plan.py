@@ -261,12 +261,12 @@ class Judge:
         if isinstance(item, Digest):
             return item, ""
         if isinstance(item, Source):
-            return self.digest(item), f"{item.name} has not been hashed"
+            return self.digest(item), f"{item.name} is hashed first"
         before = self.verdicts[item.action]
         known = before.outputs or before.gone
         if known:
             return known[0], ""
-        return None, f"its input {item.action} will be made" if before.state == "run" else before.why
+        return None, f"{item.action} is made first" if before.state == "run" else before.why
 
     def _judge(self, action: Action) -> Verdict:
         digests, missing = self.inputs(action)

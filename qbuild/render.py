@@ -14,6 +14,7 @@ from typing import Any
 from qbuild.budget import format_size
 from qbuild.errors import WIDTH, told
 from qbuild.progress import duration
+from qbuild.report.facts import source_perplexity
 
 __all__ = ["collected", "error", "plan", "result", "status", "sweep", "table", "verified"]
 
@@ -87,7 +88,7 @@ def _steps(steps: Sequence[Document]) -> list[str]:
 
 def _outlook(verdict: Mapping[str, str]) -> str:
     """What will become of a file. The reason for a run is mostly that its tensors run: `qbuild explain` has it."""
-    return {"hit": "stored", "run": "to be made", "unknown": f"not known yet, {verdict['why']}"}[verdict["state"]]
+    return {"hit": "stored", "run": "to be made", "unknown": f"not known yet: {verdict['why']}"}[verdict["state"]]
 
 
 def _types(types: Mapping[str, Sequence[int]]) -> list[str]:
@@ -134,6 +135,8 @@ def _measured(document: Document) -> list[str]:
         return []
     rows = [["target", "perplexity", "KL to source", "same first choice"]]
     rows += [[n, f"{r['perplexity']:.3f}", f"{r['kl']:.4f}", f"{r['top1']:.1%}"] for n, r in found.items()]
+    own = source_perplexity(found)
+    rows += [["the source", f"{own:.3f}", "-", "-"]] if own is not None else []
     return [*table(rows), ""]
 
 

@@ -11,7 +11,7 @@ from qbuild.digest import Digest
 from qbuild.quant.shapes import Scheme
 
 STATES, RESULT = "evaluation.states", "evaluation.result"
-SALT = 2
+SALT = 3
 VERSIONS = ("torch", "transformers")
 
 

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from statistics import fmean
 from typing import Any
 
-__all__ = ["METRICS", "REQUIRED", "commands", "errors", "pareto", "report"]
+__all__ = ["METRICS", "REQUIRED", "commands", "errors", "pareto", "report", "source_perplexity"]
 
 Document = Mapping[str, Any]
 _GENERATE = "from transformers import pipeline; print(pipeline('text-generation', {path!r})('Once upon a time'))"
@@ -38,6 +38,11 @@ def report(built: Document) -> dict[str, Any]:
             "errors": errors(measured[name].get("weights", {})) if name in measured else None,
         }
     return {"evaluation": None} | dict(built) | {"targets": targets}
+
+
+def source_perplexity(measured: Mapping[str, Document]) -> float | None:
+    """Of the source, which every target's evaluation notes; None where an older qbuild measured them."""
+    return next((result["source_perplexity"] for result in measured.values() if "source_perplexity" in result), None)
 
 
 def errors(weights: Mapping[str, float]) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbuild.budget import format_size
 from qbuild.progress import duration
+from qbuild.report.facts import source_perplexity
 from qbuild.report.plot import Bar, Plot, Point, bars, scatter
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def markdown(report: Document) -> str:
 
 def _render(template: str, report: Document, shown: Document, *, private: bool) -> str:
     values = {"report": report, "measured": _measured(report), "facts": _provenance(report, private=private)}
-    return _environment().get_template(template).render(values | dict(shown))
+    own = source_perplexity((report["evaluation"] or {}).get("targets", {}))
+    return _environment().get_template(template).render(values | dict(shown), source_perplexity=own)
 
 
 def _environment() -> Environment:

@@ -78,7 +78,7 @@ def test_explain_gives_each_input_that_is_not_known_a_reason_of_its_own(space: A
     missing = {name for name, line in told.items() if "not known yet" in line}
     assert missing
     assert "blk.0.attn_norm.weight" in told.keys() - missing
-    assert all(f"its input {name}:" in told[name] for name in missing)
+    assert all(f"not known yet: {name}:" in told[name] for name in missing)
 
 
 # When a worker has read an eighth of the model, the last weights of it are written anew in their place.

@@ -47,7 +47,7 @@ def built(name: str = "m", evaluated: bool = True) -> dict[str, Any]:
     }
     if evaluated:
         found = {
-            n: {"kl": kl, "perplexity": p, "top1": top, "weights": weights(kl)}
+            n: {"kl": kl, "perplexity": p, "source_perplexity": 35.125, "top1": top, "weights": weights(kl)}
             for n, (_, kl, p, top) in RESULTS.items()
         }
         document["evaluation"] = {"source": "/home/me/text", "length": 512, "dtype": "float32", "targets": found}
@@ -86,7 +86,7 @@ def test_every_number_of_the_json_is_on_the_page() -> None:
     for target in report["targets"].values():
         for key in ("bytes", "peak_ram", "predicted_ram"):
             assert f"{target[key]} bytes" in titles
-        for key in ("kl", "perplexity", "top1"):
+        for key in ("kl", "perplexity", "source_perplexity", "top1"):
             assert str(target["evaluation"][key]) in titles
         for layer, error in enumerate(target["errors"]["layers"]):
             assert f"layer {layer}: {error}" in titles
@@ -133,6 +133,7 @@ def test_a_card_keeps_local_paths_to_itself_and_names_the_hub() -> None:
 def test_tables_of_the_card_have_as_many_cells_in_every_row() -> None:
     document = built()
     del document["evaluation"]["targets"]["q2_k"]
+    assert "\n| the source | | | | 35.12 | |\n" in pages.markdown(facts.report(document))
     for card in (pages.markdown(facts.report(document)), pages.markdown(facts.report(built(evaluated=False)))):
         for table in re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE):
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
@@ -159,8 +160,9 @@ def test_errors_of_weights_are_told_by_layer() -> None:
     assert told == {"layers": [0.5, 0.5], "mean": 0.375, "largest": ["model.layers.0.b", 0.75]}
     document = built()
     for result in document["evaluation"]["targets"].values():
-        del result["weights"]  # of an earlier version
+        del result["weights"], result["source_perplexity"]  # of an earlier version
     assert "layer by layer" not in pages.html(facts.report(document))
+    assert "| the source |" not in pages.markdown(facts.report(document))
 
 
 def test_layers_are_drawn_against_the_worst_of_their_target() -> None:
