@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import io
 import os
 import re
 import sqlite3
@@ -150,13 +151,13 @@ class Store:
 
     def read_bytes(self, digest: Digest) -> bytes | None:
         """The bytes, verified, wherever they lie. None where they are missing, or damaged (and then forgotten)."""
-        data = bytearray(digest.size)
-        view = memoryview(data)
+        data = io.BytesIO()  # what it gives is its own buffer: a bytearray would be copied whole
 
         def keep(start: int, part: memoryview) -> None:
-            view[start : start + len(part)] = part
+            data.seek(start)
+            data.write(part)
 
-        return bytes(data) if self.copy_slice(digest, keep) else None
+        return data.getvalue() if self.copy_slice(digest, keep) else None
 
     def _publish(self, fd: int, beside: Path, digest: Digest, partial: int | None) -> Path:
         """Make a complete file the blob: sync, tell the index, rename, sync the folder. A crash at any point leaves

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent / "qbuild"
 LAYERS = [
     "errors digest ggml",
     "gguffile graph manifest budget",
-    "inputs fsutil heap links index records store upkeep cache machine vram checkpoint imatrix source",
+    "inputs fsutil heap overlap links index records store upkeep cache machine vram checkpoint imatrix source",
     "kernels. arch. quant. calibration. evaluation. fit backends.",
     "actions.",
     "schema device candidates calibrated recipe lower steps plan inspection",

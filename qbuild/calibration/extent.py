@@ -198,7 +198,8 @@ def device_forward(
     config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step
 ) -> Device:
     """Of the worker that runs the forward pass."""
-    ram = shapes.device_ram(tensors, step) + shapes.held_states(config, step)
+    ahead = step.stored * max(layer.weights for layer in model.layers)  # the next layer
+    ram = shapes.device_ram(tensors, step) + shapes.held_states(config, step) + ahead
     saving = max(layer.statistics_bytes("gram" if step.gram else "diagonal") for layer in model.layers)
     found = (shapes.device_footprint(config, tensors, model.prefix, layer.index, step) for layer in model.layers)
     return Device(ram + 2 * saving, max(found))

@@ -21,6 +21,7 @@ from qbuild.calibration.states import States
 from qbuild.calibration.statistics import Statistics
 from qbuild.calibration.weights import Read
 from qbuild.heap import settle
+from qbuild.overlap import Ahead, Behind
 
 __all__ = [
     "Pass",
@@ -63,20 +64,36 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
 
     It goes on from the newest hidden states in the folder that are not beyond ``first``, else from the embedding;
     layers before ``first`` are run without being measured. A killed pass loses the layer it was in, or the few seconds
-    of layers since the states were written last. Raises InputError for weights or activations that cannot be used.
+    of layers since the states were written last. While a device computes, the next layer is read and the last one
+    saved. Raises InputError for weights or activations that cannot be used, and what ``save`` raises.
     """
-    with started(task, read) as (model, pool), states_of(task, model) as states:
+    with (
+        Ahead(read, task.device) as reading,
+        Behind(task.device) as saving,
+        started(task, reading) as (model, pool),
+        states_of(task, model) as states,
+    ):
         model.prepare(task.tokens.shape[1])
         for index in range(states.ready, task.last + 1):
             began = time.monotonic()
+            if index < task.last:
+                reading.expect(model.layer_tensors(index + 1))
             if index < task.first:
                 with model.layer(index) as layer:
                     states.advance(partial(through, pool, layer))
             else:
-                data = _measured(task, model, index, states, pool).to_bytes()
-                save(index, data, time.monotonic() - began)
-                del data
-            states.keep(last=index == task.last)
+                collector = _measured(task, model, index, states, pool)
+                saving.wait()  # two layers' statistics are enough to hold
+                made = collector.statistics()
+                saving.do(partial(_save, save, made, time.monotonic() - began))
+                del collector, made
+            if states.due(last=index == task.last):
+                saving.wait()  # until they are safe a new process needs the states before them
+                states.keep()
+
+
+def _save(save: Save, made: Statistics, seconds: float) -> None:
+    save(made.layer, made.to_bytes(), seconds)
 
 
 @contextmanager
@@ -123,8 +140,8 @@ def watched(
     return watches, list(pool.map(one, watches, windows))
 
 
-def _measured(task: Pass, model: Streamed, index: int, states: States, pool: Executor) -> Statistics:
-    """The statistics of a layer, which is out of memory again."""
+def _measured(task: Pass, model: Streamed, index: int, states: States, pool: Executor) -> Collector:
+    """What was summed of a layer, which is out of memory again."""
     with model.layer(index) as layer:
         collector = collector_of(task, model, index)
 
@@ -134,4 +151,4 @@ def _measured(task: Pass, model: Streamed, index: int, states: States, pool: Exe
             return made
 
         states.advance(run)
-    return collector.statistics()
+    return collector

@@ -74,14 +74,16 @@ class States:
         for block in self.blocks():
             yield from run(block)
 
-    def keep(self, *, last: bool) -> None:
-        """Write the states for a later process, where the work since the last time is worth it, and drop older ones.
+    def due(self, *, last: bool) -> bool:
+        """Whether the work since the states were kept is worth keeping them."""
+        return self.spill or last or time.monotonic() - self._kept >= KEEP_EVERY
+
+    def keep(self) -> None:
+        """Write the states for a later process, and drop older ones.
 
         To be called when the statistics of the layer are safe: until then a new process needs the states before it.
         """
         if not self.spill:
-            if not last and time.monotonic() - self._kept < KEEP_EVERY:
-                return
             self._write(self.ready, self._hidden.split(1))
             self._close()
             self._kept = time.monotonic()

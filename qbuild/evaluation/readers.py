@@ -34,6 +34,10 @@ class Tensors:
     names: tuple[str, ...]
     read: Read
 
+    def on(self, device: str) -> Tensors:
+        """The same tensors, on a device."""
+        return Tensors(self.names, lambda name: self.read(name).to(device))
+
 
 def safetensors(checkpoint: Checkpoint, reader: Reader) -> Tensors:
     """The tensors of a checkpoint as they are stored, and were when they were hashed."""
@@ -45,16 +49,18 @@ def safetensors(checkpoint: Checkpoint, reader: Reader) -> Tensors:
     return Tensors(tuple(checkpoint.tensors), read)
 
 
-def packed(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> Tensors:
+def packed(
+    files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], scheme: Scheme, device: str = "cpu"
+) -> Tensors:
     """The tensors of safetensors files of quantized linears, ``shapes`` those of their source: the quantized ones as
-    float32, the others as they are stored."""
+    float32, unpacked on ``device``, the others as they are stored, there too."""
     entries = {name: entry for path in files for name, entry in stored(path)}
 
     def read(name: str) -> torch.Tensor:
         if name in entries:
-            return _tensor(entries[name])
+            return _tensor(entries[name]).to(device)
         linear = name.removesuffix(".weight")
-        parts = {part: _tensor(entry) for part, entry in entries.items() if part.startswith(f"{linear}.")}
+        parts = {part: _tensor(entry).to(device) for part, entry in entries.items() if part.startswith(f"{linear}.")}
         return unpack(scheme, linear, parts, *shapes[name]).dequantize()
 
     return Tensors(tuple(shapes), read)

@@ -40,13 +40,14 @@ def run(task: Task, store: Store, emit: Emit) -> dict[str, Digest]:
         emit({"event": "progress", "tensors": done, "bytes": done, "current": current, "seconds": times})
 
     with Reader(task.checkpoint.files) as reader:
-        source = readers.safetensors(task.checkpoint, reader)
+        stored = readers.safetensors(task.checkpoint, reader)
+        source = stored.on(wanted.device)
         states = _states(task, wanted, source, store, cache)
         progress(1, "the source")
         for number, target in enumerate(task.targets, start=2):
             start = time.monotonic()
             with ExitStack() as stack:
-                model = _target(target, task, source, store, stack)
+                model = _target(target, task, stored, store, stack)
                 found: dict[str, Any] = evaluator.evaluate(wanted, source, states, model).to_json()
                 found["weights"] = evaluator.weight_errors(source, model, matrices, scaled=_scaled(target, task))
             made[target.name] = store.put_bytes(json.dumps(found).encode())
@@ -77,6 +78,7 @@ def _scaled(target: Target, task: Task) -> str | None:
 
 
 def _target(target: Target, task: Task, source: Tensors, store: Store, stack: ExitStack) -> Tensors:
+    """The tensors of a target on the task's device; ``source`` on the CPU, where a GGUF file is dequantized."""
     paths = []
     for digest in target.digests:
         path = store.path(digest)
@@ -85,7 +87,7 @@ def _target(target: Target, task: Task, source: Tensors, store: Store, stack: Ex
         paths.append(path)
     shapes = {name: tensor.shape for name, tensor in task.checkpoint.tensors.items()}
     if target.scheme is not None:
-        return readers.packed(paths, shapes, target.scheme)
+        return readers.packed(paths, shapes, target.scheme, task.params.device)
     file = gguf_parts(paths, str(paths[0]))
     reader = stack.enter_context(Reader(file.files))
-    return readers.gguf(file, reader, target.specs, shapes, source.read)
+    return readers.gguf(file, reader, target.specs, shapes, source.read).on(task.params.device)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from qbuild.digest import Digest
 from qbuild.heap import settle
 from qbuild.jobs import Emit, needed
 from qbuild.jobs.tensors import Tensors
+from qbuild.overlap import Ahead, Behind
 from qbuild.quant import layer
 from qbuild.quant.codes import Solved
 from qbuild.quant.families import groups
@@ -33,42 +33,34 @@ _Loaded = tuple[Statistics, dict[str, torch.Tensor]]  # the layer's tensors as t
 
 
 def run(task: Task, store: Store, emit: Emit) -> Made:
-    """Solve every item in turn, one layer in memory. Each result is cached at once."""
+    """Solve every item in turn, one layer in memory. Each result is cached at once: while a device computes, beside
+    the next, whose weights and statistics are read before it."""
     torch.set_num_threads(task.threads)
     settle(16 << 20, 64 << 20)  # smaller blocks come and go thousands of times in a layer, and stay
     cache, began = ActionCache(store), time.monotonic()
     made: dict[str, Digest] = {}
     prefix = layer_prefix(task.checkpoint.config, task.checkpoint.tensors)
+    device = task.items[0].params.device
     with Tensors(task.checkpoint) as read:
 
         def load(item: Item) -> _Loaded:
             return Statistics.from_bytes(needed(store, item.statistics)), {name: read(name) for name in item.tensors}
 
-        start = time.monotonic()
-        for item, loaded in _loaded(task.items, load):
-            solved = _solve(item, task, f"{prefix}{item.params.layer}.", *loaded)
-            made[item.id] = store.put_bytes(solved.to_bytes())
-            cache.put(item.key, ActionResult(KIND, (made[item.id],), time.monotonic() - start))
+        def save(item: Item, data: bytes, seconds: float) -> None:
+            made[item.id] = store.put_bytes(data)
+            cache.put(item.key, ActionResult(KIND, (made[item.id],), seconds))
             number, times = len(made), {"read": 0.0, "hash": time.monotonic() - began}
             current = f"layer {item.params.layer}"
             emit({"event": "progress", "tensors": number, "bytes": number, "current": current, "seconds": times})
-            del loaded, solved  # before the next is read
-            start = time.monotonic()
+
+        with Ahead(load, device) as loading, Behind(device) as saving:
+            for number, item in enumerate(task.items, start=1):
+                start, loaded = time.monotonic(), loading(item)
+                loading.expect(task.items[number : number + 1])
+                data = _solve(item, task, f"{prefix}{item.params.layer}.", *loaded).to_bytes()
+                saving.do(partial(save, item, data, time.monotonic() - start))
+                del loaded, data  # before the next is read
     return Made(made, read.reader.bytes_read)
-
-
-def _loaded(items: Sequence[Item], load: Callable[[Item], _Loaded]) -> Iterator[tuple[Item, _Loaded]]:
-    """Items with what they are made of. While a device computes, the next is read; on a CPU one is in memory."""
-    if items[0].params.device == "cpu":
-        yield from ((item, load(item)) for item in items)
-        return
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(load, items[0])
-        for item, following in zip_longest(items, items[1:]):
-            loaded = coming.result()
-            if following is not None:
-                coming = ahead.submit(load, following)
-            yield item, loaded
 
 
 def _solve(item: Item, task: Task, prefix: str, statistics: Statistics, stored: Mapping[str, torch.Tensor]) -> Solved:

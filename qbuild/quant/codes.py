@@ -32,7 +32,7 @@ class Codes:
         """int64 [in]: the group of each column."""
         if self.groups_of is not None:
             return self.groups_of.long()
-        return torch.arange(self.codes.shape[1]) // self.group_size
+        return torch.arange(self.codes.shape[1], device=self.codes.device) // self.group_size
 
     def split(self, rows: Sequence[int]) -> list[Codes]:
         """Parts of so many rows."""

@@ -47,14 +47,14 @@ def pack(scheme: Scheme, linear: str, codes: Codes) -> dict[str, Tensor]:
 
 
 def unpack(scheme: Scheme, linear: str, stored: Mapping[str, Tensor], rows: int, columns: int) -> Codes:
-    """The codes of ``linear`` [rows (out), columns (in)] out of ``pack``'s tensors."""
+    """The codes of ``linear`` [rows (out), columns (in)] out of ``pack``'s tensors, on their device."""
     bits, many = scheme.bits, groups(scheme, columns)
     groups_of = None
     if scheme.layout == "pack-quantized":
         codes = _spread(stored[f"{linear}.weight_packed"].T, bits, columns).T
         scales = stored[f"{linear}.weight_scale"].to(torch.float16)
         if scheme.symmetric:
-            zeros = torch.full((rows, many), 1 << bits - 1, dtype=torch.uint8)
+            zeros = torch.full((rows, many), 1 << bits - 1, dtype=torch.uint8, device=codes.device)
         else:
             zeros = _spread(stored[f"{linear}.weight_zero_point"], bits, rows)
     else:
@@ -130,7 +130,7 @@ def _spread(filled: Tensor, bits: int, count: int) -> Tensor:
     if filled.shape[0] % bits:
         filled = torch.nn.functional.pad(filled, (0, 0, 0, bits - filled.shape[0] % bits))
     blocks = filled.unflatten(0, (-1, bits))
-    found = torch.empty(blocks.shape[0], WORD, blocks.shape[2], dtype=torch.uint8)
+    found = torch.empty(blocks.shape[0], WORD, blocks.shape[2], dtype=torch.uint8, device=filled.device)
     mask = (1 << bits) - 1
     for lane in range(WORD):
         word, bit = divmod(lane * bits, WORD)

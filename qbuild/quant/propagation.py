@@ -62,7 +62,8 @@ def propagate(
                 _advance(model, index, own, pool)
                 replaced.clear()
             for states in (source, own):
-                states.keep(last=index == task.last)
+                if states.due(last=index == task.last):
+                    states.keep()
 
 
 def _advance(model: Streamed, index: int, states: States, pool: Executor) -> None:

@@ -15,12 +15,14 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from qbuild.calibration import run
 from qbuild.calibration.collect import Collector
 from qbuild.calibration.forward import Streamed
 from qbuild.calibration.run import Pass, calibrate
 from qbuild.calibration.statistics import Input, Statistics
 from qbuild.calibration.triangle import mirror, square
 from qbuild.errors import InputError
+from qbuild.overlap import Ahead, Behind
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 CONFIG = json.loads((TINY / "config.json").read_text())
@@ -171,13 +173,34 @@ def test_any_number_of_threads_gives_the_same_bytes(
     assert alone == saved(replace(task, threads=2, spill=spill, states=tmp_path / "other"), tensors.read)
 
 
-@pytest.mark.parametrize("spill", [False, True])
-def test_a_pass_cut_off_goes_on_with_the_same_bytes(
-    task: Pass, tensors: Tensors, spill: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are read ahead and saved behind, as where a device computes."""
+    monkeypatch.setattr(run, "Ahead", lambda read, _device: Ahead(read, "cuda"))
+    monkeypatch.setattr(run, "Behind", lambda _device: Behind("cuda"))
+
+
+def test_layers_read_ahead_and_saved_behind_give_the_same_bytes(
+    task: Pass, tensors: Tensors, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    plain = saved(task, tensors.read)
+    reads = sorted(tensors.reads)
+    tensors.reads.clear()
+    request.getfixturevalue("overlapping")
+    assert saved(replace(task, states=tmp_path / "other"), tensors.read) == plain
+    assert sorted(tensors.reads) == reads
+
+
+@pytest.mark.parametrize(("spill", "beside"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_pass_cut_off_goes_on_with_the_same_bytes(
+    task: Pass, tensors: Tensors, spill: bool, beside: bool, monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
     monkeypatch.setattr("qbuild.calibration.states.KEEP_EVERY", 0.0)
     task = replace(task, spill=spill)
     whole = saved(replace(task, states=task.states / "whole"), tensors.read)
+    if beside:
+        request.getfixturevalue("overlapping")
     cut: dict[int, bytearray] = {}
 
     def die_in_layer_2(layer: int, data: bytearray, _seconds: float) -> None:

@@ -91,6 +91,21 @@ def test_codes_come_back_as_they_were(layout: str, bits: int, symmetric: bool) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_unpacking_makes_nothing_elsewhere_than_where_the_words_are(layout: str, indexed: bool) -> None:
+    """On a GPU a tensor made on the default device, a CPU, would fail; here one of the default device has no values."""
+    indexed = indexed and layout.startswith("gptq")
+    codes = random_codes(96, 192, 4, 64, layout != "awq-gemm")
+    codes = replace(codes, groups_of=torch.arange(192, dtype=torch.int32) % 3) if indexed else codes
+    scheme = Scheme(layout, 4, 64, layout != "awq-gemm", indexed=indexed)
+    packed, expected = pack(scheme, "m", codes), codes.dequantize()
+    with torch.device("meta"):
+        found = unpack(scheme, "m", packed, 96, 192)
+        assert torch.equal(found.dequantize(), expected)
+        assert torch.equal(found.columns_group, codes.columns_group)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_what_is_packed_is_what_was_planned(layout: str, bits: int, symmetric: bool) -> None:
