@@ -50,7 +50,7 @@ def main() -> None:
             run = partial(solve, work, seen.get, known, params)
             timed(run, options.device)
             seconds, peak = timed(run, options.device)
-            found = device_solve(shaped, params.rounding).vram
+            found = device_solve(shaped, params.rounding, shaped.code_bytes(4, options.group)).vram
             print(f"{shape} {name:<20} {seconds:7.2f} s, VRAM {peak >> 20} MiB of {found >> 20} predicted", flush=True)
     if options.loops:
         loops()

@@ -315,10 +315,10 @@ class _Planner:
             return extent.device_propagation(config, self.shapes, self.model, step)
         return extent.Device(self.torch + extent.propagation_ram(config, self.shapes, self.model, step), 0)
 
-    def _solving(self, layer: extent.LayerShape, rounding: str, threads: int) -> extent.Device:
+    def _solving(self, layer: extent.LayerShape, params: solve.Params, threads: int) -> extent.Device:
         if self.cuda:
-            return extent.device_solve(layer, rounding)
-        return extent.Device(self.torch + extent.solve_ram(layer, rounding, threads), 0)
+            return extent.device_solve(layer, params.rounding, layer.code_bytes(params.bits, params.group_size))
+        return extent.Device(self.torch + extent.solve_ram(layer, params.rounding, threads), 0)
 
     def _step(self, samples: int, threads: int, spill: bool) -> shapes.Step:
         wanted, gram = self.resolved.config.calibration, self.calibration.detail == "gram"
@@ -328,7 +328,7 @@ class _Planner:
         layers = [(self.model.layers[a.params.layer], a.params) for a in todo]
 
         def needed(threads: int) -> extent.Device:
-            found = (self._solving(layer, params.rounding, threads) for layer, params in layers)
+            found = (self._solving(layer, params, threads) for layer, params in layers)
             return max(found, key=lambda one: (one.vram, one.ram))
 
         ways = [*_halved(self._threads)]

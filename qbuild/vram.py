@@ -47,7 +47,8 @@ def hold(limit: int) -> Hold:
         raise ConfigError("device", "torch is not installed", "pip install 'qbuild[calibrate]'") from None
     except (RuntimeError, AssertionError) as error:  # an old driver, no memory left, a torch without CUDA
         raise ActionFailed("device", f"torch cannot use the GPU: {str(error).splitlines()[0]}", "device=cpu") from None
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - CONTEXT) / total))
+    allowed = limit - CONTEXT + SMALL // 2  # torch rounds the share down: the last piece would not fit
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, allowed) / total))
     return Hold(max(0, before - free))
 
 

@@ -28,7 +28,7 @@ EXACT_ROWS = 16  # of them those that are widened to float64
 EXACT_COPIES = 6
 COMPARED = 20  # bytes a weight of a matrix of a layer, as its error is told: itself, as it is stored, and fits of it
 UNPACKED = 12  # bytes a weight of a matrix on a device, while its codes become float32: beside itself in the layer
-SENT = 8  # bytes a weight of a tensor in RAM on its way to a device: as it is stored, or dequantized and put in order
+SENT = 4  # bytes a weight of a tensor in RAM on its way to a device, twice that while a dequantized one is put in order
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,15 @@ def on_device(config: Mapping[str, Any], tensors: Shapes, text: Text, *, dequant
     kept, prefix = states_bytes(config, text), layer_prefix(config, tensors)
     table, vocabulary = _table(config, tensors)
     matrices = (prod(shape) for name, shape in tensors.items() if name.startswith(prefix) and len(shape) == 2)
-    ram = BASE_DEVICE + 2 * kept + SENT * max(map(prod, tensors.values()))
+    sent = SENT * max(map(prod, tensors.values()))
+    ram = BASE_DEVICE + 2 * kept + (KERNELS + 2 * sent if dequantized else sent)
     step = Step(text.windows, text.length, text.dtype, gram=False, stored=UNPACKED)
     count = layer_count(config)
     layers = (device_footprint(config, tensors, prefix, layer, step, models=0) for layer in range(count))
     logits = vocabulary * (2 * ROWS * ITEM[text.dtype] + EXACT_COPIES * EXACT_ROWS * 8)
-    heads = CUBLAS + 2 * table * ITEM[text.dtype] + 4 * table + logits
+    heads = CUBLAS + 2 * table * ITEM[text.dtype] + 2 * table + logits
     matrix = CUBLAS + COMPARED * max(matrices, default=0)
-    return Device((KERNELS if dequantized else 0) + ram, max(*layers, heads, matrix))
+    return Device(ram, max(*layers, heads, matrix))
 
 
 def _layers(config: Mapping[str, Any], tensors: Shapes, text: Text) -> int:

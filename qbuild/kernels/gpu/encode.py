@@ -39,8 +39,10 @@ def _numerators(t: Type, weighted: bool) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _on_device(t: Type, weighted: bool, device: Any) -> tuple[Any, Any]:
-    """The numerators in device memory, copied once."""
-    search, codes = (torch.from_numpy(a).to(device) for a in _numerators(t, weighted))
+    """The numerators in device memory, copied once. Not for the stream that needs them first: torch keeps a piece of
+    the device for each stream that allocates."""
+    with torch.cuda.stream(torch.cuda.default_stream(device) if device.type == "cuda" else None):
+        search, codes = (torch.from_numpy(a).to(device) for a in _numerators(t, weighted))
     return search, codes
 
 
