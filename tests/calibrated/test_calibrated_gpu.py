@@ -1,5 +1,5 @@
 """Calibrated builds on a CUDA device: the same bytes again, near to the CPU's, within what was predicted. Skipped
-where there is none."""
+where there is none. Run one after another: what a process takes of a device is told by how much less is free there."""
 
 from __future__ import annotations
 
