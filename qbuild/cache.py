@@ -1,8 +1,8 @@
 """The action cache: action key → result. Only what succeeded is in it. What can no longer be served is still known, so
 that what was made of it is found.
 
-Beside the results lie three kinds of notes that no result depends on: hints (work of this name was done before, so
-hashing its input first may spare it), measured memory peaks, and measured rates.
+Beside the results lie two kinds of notes that no result depends on: hints (work of this name was done before, so
+hashing its input first may spare it) and measured rates.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ActionCache:
 
     def find(self, key: str) -> ActionResult | None:
         """The result, whether or not its outputs are still there."""
-        query = "SELECT kind, outputs, seconds, peak_rss, inputs, meta FROM results WHERE key = ? AND created >= ?"
+        query = "SELECT kind, outputs, seconds, peak_rss, inputs, about FROM results WHERE key = ? AND created >= ?"
         with self.store.index.reading() as db:
             row = db.execute(query, (key, self.since)).fetchone()
         if row is None:
@@ -68,7 +68,7 @@ class ActionCache:
                 raise ValueError(f"BUG: a result of {result.kind} without outputs")
             rows.append(_row(key, result, self.store.clock()))
         with self.store.index.writing() as db:
-            db.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            db.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def forget(self, key: str) -> None:
         with self.store.index.writing() as db:
@@ -83,23 +83,6 @@ class ActionCache:
     def has_hint(self, key: str) -> bool:
         with self.store.index.reading() as db:
             return db.execute("SELECT 1 FROM hints WHERE key = ?", (key,)).fetchone() is not None
-
-    def note_peak(self, kind: str, shape: str, predicted: int, measured: int) -> None:
-        """Remember a measured memory peak beside what had been predicted."""
-        with self.store.index.writing() as db:
-            row = (kind, shape, predicted, measured)
-            db.execute("INSERT INTO peaks (kind, shape, predicted, measured) VALUES (?, ?, ?, ?)", row)
-            db.execute(
-                "DELETE FROM peaks WHERE id IN (SELECT id FROM peaks WHERE kind = ? AND shape = ?"
-                " ORDER BY id DESC LIMIT -1 OFFSET ?)",
-                (kind, shape, KEEP_NOTES),
-            )
-
-    def measured(self, kind: str, shape: str) -> list[tuple[int, int]]:
-        """(predicted, measured) peaks of earlier runs, the newest first."""
-        query = "SELECT predicted, measured FROM peaks WHERE kind = ? AND shape = ? ORDER BY id DESC"
-        with self.store.index.reading() as db:
-            return db.execute(query, (kind, shape)).fetchall()
 
     def note_rate(self, name: str, per_second: float) -> None:
         with self.store.index.writing() as db:
@@ -120,7 +103,7 @@ class ActionCache:
 def _row(key: str, result: ActionResult, created: int) -> tuple[Any, ...]:
     lists = (result.outputs, result.inputs, result.about)
     outputs, inputs, about = (json.dumps([str(digest) for digest in digests]) for digests in lists)
-    return key, result.kind, outputs, inputs, result.seconds, result.peak_rss, "{}", about, created
+    return key, result.kind, outputs, inputs, result.seconds, result.peak_rss, about, created
 
 
 def _digests(text: str) -> tuple[Digest, ...]:

@@ -20,12 +20,12 @@ from qbuild.fsutil import FileLock, disk_error
 
 __all__ = ["SCHEMA_VERSION", "Index"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 60.0
 
 # files: a blob, or a partial (a file that is still written, named by its plan), or for a moment both: `blob` is set
 # before the rename and `partial` cleared after it, so wherever a crash falls the row finds the file.
-# results.meta: digests of what a result is about; versions: unused.
+# results.about: digests of what a result tells something of.
 # mtime_ns, ctime_ns, inode: the stat when the bytes were last known to be right; NULL = to be hashed before use.
 SCHEMA = """
 CREATE TABLE files (
@@ -46,13 +46,9 @@ CREATE TABLE source_digests (
 ) WITHOUT ROWID;
 CREATE TABLE results (
   key TEXT PRIMARY KEY, kind TEXT NOT NULL, outputs TEXT NOT NULL, inputs TEXT NOT NULL, seconds REAL NOT NULL,
-  peak_rss INTEGER NOT NULL, versions TEXT NOT NULL, meta TEXT NOT NULL, created INTEGER NOT NULL
+  peak_rss INTEGER NOT NULL, about TEXT NOT NULL, created INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE hints (key TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE peaks (
-  id INTEGER PRIMARY KEY, kind TEXT NOT NULL, shape TEXT NOT NULL, predicted INTEGER NOT NULL, measured INTEGER NOT NULL
-);
-CREATE INDEX peaks_by_shape ON peaks (kind, shape);
 CREATE TABLE rates (id INTEGER PRIMARY KEY, name TEXT NOT NULL, per_second REAL NOT NULL);
 CREATE INDEX rates_by_name ON rates (name);
 CREATE TABLE outputs (
@@ -60,6 +56,16 @@ CREATE TABLE outputs (
   mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, inode INTEGER NOT NULL, created INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
+
+# By version, the statements that make an index one of the next version.
+UPGRADES = {
+    1: (
+        "ALTER TABLE results DROP COLUMN versions",
+        "ALTER TABLE results RENAME COLUMN meta TO about",
+        "UPDATE results SET about = '[]' WHERE about = '{}'",
+        "DROP TABLE peaks",
+    ),
+}
 
 _ABANDONED: list[sqlite3.Connection] = []
 _READONLY = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN}
@@ -205,8 +211,13 @@ class Index:
 
     def _check(self) -> None:
         with self._errors(), contextlib.closing(self._open()) as connection:
-            found = connection.execute("PRAGMA user_version").fetchone()[0]
+            found = _version(connection)
             tables = connection.execute("SELECT count(*) FROM sqlite_schema WHERE type='table'").fetchone()[0]
+            if found in UPGRADES and self.writable:
+                found = _upgraded(connection)
+        if found in UPGRADES:
+            fact = f"written by an older qbuild (schema {found}), and read-only"
+            raise StoreError(str(self.path), fact, "use it once where it can be written, or store.dir=DIRECTORY")
         if found > SCHEMA_VERSION:
             fact = f"written by a newer qbuild (schema {found}, this one knows {SCHEMA_VERSION})"
             raise StoreError(str(self.path), fact, "upgrade qbuild, or use another store: store.dir=DIRECTORY")
@@ -241,6 +252,21 @@ class Index:
 
 def _connect(target: str) -> sqlite3.Connection:
     return sqlite3.connect(target, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _upgraded(connection: sqlite3.Connection) -> int:
+    """The version of an older index that was brought to today's schema, by us or by another process."""
+    connection.execute("BEGIN IMMEDIATE")
+    while (found := _version(connection)) in UPGRADES:
+        for statement in UPGRADES[found]:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={found + 1}")
+    connection.execute("COMMIT")
+    return found
 
 
 def _empty() -> sqlite3.Connection:

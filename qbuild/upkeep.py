@@ -262,8 +262,7 @@ def _needed(store: Store, roots: set[str]) -> set[str]:
     needed.update(str(row.digest) for row in store.outputs() if row.path.exists())
     with store.index.reading() as db:
         rows = db.execute(
-            "SELECT outputs, inputs, meta FROM results"
-            " WHERE inputs != '[]' OR outputs LIKE '%,%' OR meta NOT IN ('[]', '{}')"
+            "SELECT outputs, inputs, about FROM results WHERE inputs != '[]' OR outputs LIKE '%,%' OR about != '[]'"
         ).fetchall()
     with_it: dict[str, set[str]] = {}
     for outputs, inputs, about in (map(json.loads, row) for row in rows):

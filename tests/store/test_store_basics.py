@@ -306,10 +306,7 @@ def test_notes_keep_the_newest(store: Store):
     cache = ActionCache(store)
     assert cache.rate("x") is None
     for i in range(40):
-        cache.note_peak("k", "s", 100, i)
         cache.note_rate("x", float(i))
-    cache.note_peak("k", "other", 1, 2)
-    assert cache.measured("k", "s") == [(100, i) for i in range(39, 23, -1)]
     assert cache.rate("x") == 32.0
     cache.note_hint("h")
     cache.note_hint("h")
@@ -431,6 +428,43 @@ def test_index_of_a_newer_version_is_refused(store: Store):
     with pytest.raises(StoreError, match="newer qbuild") as caught:
         Store(store.root).has(digest_bytes(b"x"))
     assert "store.dir" in caught.value.remedy
+
+
+# How version 1 kept results, and a table that nothing used.
+VERSION_1 = """
+CREATE TABLE results (
+  key TEXT PRIMARY KEY, kind TEXT NOT NULL, outputs TEXT NOT NULL, inputs TEXT NOT NULL, seconds REAL NOT NULL,
+  peak_rss INTEGER NOT NULL, versions TEXT NOT NULL, meta TEXT NOT NULL, created INTEGER NOT NULL
+) WITHOUT ROWID;
+INSERT INTO results SELECT key, kind, outputs, inputs, seconds, peak_rss, '{}', about, created FROM now;
+DROP TABLE now;
+UPDATE results SET meta = '{}' WHERE key = 'old';
+CREATE TABLE peaks (
+  id INTEGER PRIMARY KEY, kind TEXT NOT NULL, shape TEXT NOT NULL, predicted INTEGER NOT NULL, measured INTEGER NOT NULL
+);
+CREATE INDEX peaks_by_shape ON peaks (kind, shape);
+PRAGMA user_version=1;
+"""
+
+
+def test_an_index_of_an_older_version_is_brought_up_to_date_and_keeps_all(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    whole, told = store.put_bytes(b"x"), store.put_bytes(b"told")
+    old, about = ActionResult("k", (whole,), 1.5, 7), ActionResult("e", (told,), about=(whole,))
+    ActionCache(store).put_many([("old", old), ("about", about)])
+    store.close()
+    with sqlite3.connect(store.root / "index.sqlite") as db:
+        db.executescript(f"ALTER TABLE results RENAME TO now; {VERSION_1}")
+    db.close()
+    with monkeypatch.context() as patched:
+        patched.setattr("qbuild.index._may_write", lambda _root: False)
+        with pytest.raises(StoreError, match="older qbuild"):
+            ActionCache(Store(store.root)).get("old")
+    found = ActionCache(Store(store.root))
+    assert (found.get("old"), found.get("about")) == (old, about)
+    found.put("new", about)
+    assert ActionCache(Store(store.root)).get("new") == about
 
 
 @pytest.mark.parametrize("content", [b"not a database" * 100, b""])
