@@ -17,7 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import InputChanged, InputError
 from qbuild.fsutil import read_exact
 from qbuild.gguffile import KV, GgufHeader, decode_kv, read_header
-from qbuild.inputs import changed
+from qbuild.inputs import InputFile, changed
 
 __all__ = [
     "Checkpoint",
@@ -93,7 +93,8 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``kind``: ``safetensors``, ``gguf``, or ``shapes`` (nothing on disk). ``aux``: small files beside the weights."""
+    """``kind``: ``safetensors``, ``gguf``, or ``shapes`` (nothing on disk). ``aux``: small files beside the weights.
+    ``config_file``: the one that ``config`` is the content of, as it was when that was read."""
 
     kind: str
     source: str
@@ -104,6 +105,7 @@ class Checkpoint:
     kvs: tuple[KV, ...] = ()
     revision: str | None = None
     aux: dict[str, Path] = field(default_factory=dict)
+    config_file: InputFile | None = None
 
 
 def open_path(path: Path, source: str) -> Checkpoint:
@@ -170,13 +172,11 @@ def _open_directory(root: Path, source: str) -> Checkpoint:
     config_path = root / "config.json"
     if not config_path.is_file():
         raise InputError(source, "there is no config.json", "a model directory needs one: fetch it again")
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise InputError(str(config_path), "is not a JSON object", "fetch the file again")
+    config, config_file = read_config(config_path)
     aux = {name: root / name for name in AUX if (root / name).is_file()}
     aux |= {str(path.relative_to(root)): path for path in sorted(root.glob(TEMPLATES))}
     headers = [_local_header(path) for path in shards]
-    found = safetensors(source, root, headers, config, aux)
+    found = replace(safetensors(source, root, headers, config, aux), config_file=config_file)
     if index is not None:
         check_index(str(index_path), index, found)
     return found
@@ -240,11 +240,24 @@ def check_index(place: str, index: Mapping[str, str], found: Checkpoint) -> None
         raise InputError(place, fact, "fetch the checkpoint again: its files do not belong together")
 
 
+def read_config(path: Path) -> tuple[dict[str, Any], InputFile]:
+    """A config.json, and the file as it was when it was read: what is made of the one is kept under the other."""
+    data = _small(path)
+    config = parse_json(str(path), data)
+    if not isinstance(config, dict):
+        raise InputError(str(path), "is not a JSON object", "fetch the file again")
+    return config, InputFile(path, digest_bytes(data))
+
+
 def read_json(path: Path) -> Any:
     """A small JSON file; InputError where it is not one."""
+    return parse_json(str(path), _small(path))
+
+
+def _small(path: Path) -> bytes:
     if path.stat().st_size > MAX_JSON:
         raise InputError(str(path), f"is larger than {MAX_JSON // 1_000_000} MB", "fetch the file again")
-    return parse_json(str(path), path.read_bytes())
+    return path.read_bytes()
 
 
 def parse_json(place: str, text: bytes) -> Any:

@@ -199,7 +199,9 @@ class Judge:
         self.records: dict[str, dict[int, Digest] | None] = {}
         self.learned: dict[tuple[str, int], Digest] = {}
         self.verdicts: dict[str, Verdict] = {}
-        self.small = dict(files or {})  # side files and calibration text, hashed here
+        read = resolved.checkpoint.config_file
+        self.small = {str(read.path): read} if read else {}  # side files and calibration text, hashed here
+        self.small |= files or {}
         self.identities = {str(f.path): f.identity for f in resolved.checkpoint.files}
 
     def all(self, made: Mapping[str, Verdict] | None = None) -> dict[str, Verdict]:

@@ -6,6 +6,7 @@ import fnmatch
 import importlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qbuild.checkpoint import (
     SourceFile,
     open_path,
     package_file,
+    read_config,
     safetensors,
 )
 from qbuild.errors import InputError
@@ -80,9 +82,7 @@ class _Hub:
             snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns, local_files_only=self.offline)
         )
         found = open_path(folder, self.repo)
-        return Checkpoint(
-            found.kind, self.repo, folder, found.files, found.tensors, found.config, (), folder.name, found.aux
-        )
+        return replace(found, revision=folder.name)
 
     def _headers(self) -> Checkpoint:
         """Headers by range requests, small files whole: enough to plan."""
@@ -106,8 +106,8 @@ class _Hub:
         if "config.json" not in aux:
             raise InputError(self.repo, "there is no config.json", "choose another repository")
         headers = [(SourceFile(Path(name), names[name]), self._header(name, commit)) for name in weights]
-        config = json.loads(aux["config.json"].read_bytes())
-        return safetensors(self.repo, None, headers, config, aux, commit)
+        config, config_file = read_config(aux["config.json"])
+        return replace(safetensors(self.repo, None, headers, config, aux, commit), config_file=config_file)
 
     def _header(self, name: str, commit: str | None) -> tuple[int, Any]:
         from huggingface_hub import get_session, hf_hub_url

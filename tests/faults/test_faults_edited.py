@@ -8,11 +8,12 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Done, Run
 
-from qbuild import worker
+from qbuild import recipe, worker
 
 DATA = Path(__file__).parent.parent / "data"
 WORDS = ("calibration.samples=4", "calibration.length=64", "evaluation.samples=2", "evaluation.length=64")
@@ -113,6 +114,21 @@ def test_a_file_that_changes_between_its_digest_and_its_use_stores_nothing(
         done = build(qbuild, folder, *words)
     refused(done, folder / name)
     assert results(folder, kind) == 0
+
+
+def test_a_config_that_changes_before_it_is_hashed_is_not_taken_for_the_one_that_was_read(
+    qbuild: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = folder / "tiny-llama" / "config.json", recipe.open_model
+
+    def editing(*words: Any, **more: Any) -> Any:
+        found = opened(*words, **more)
+        edit(path)
+        return found
+
+    monkeypatch.setattr(recipe, "open_model", editing)
+    refused(build(qbuild, folder, "target=gguf/bf16"), path)
+    assert results(folder, "gguf.file") == 0
 
 
 @pytest.mark.slow
