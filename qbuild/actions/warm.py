@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -67,8 +68,8 @@ def left(task: Task) -> Task:
 
 
 class _Done:
-    """Which kernels were compiled, by an empty file for each: named after what numba's disk cache depends on, without
-    loading numba."""
+    """Which kernels were compiled, by a file for each: named after what numba's disk cache depends on, without loading
+    numba. In it stand the files of that cache, which may be cleared without us."""
 
     def __init__(self) -> None:
         folder = Path(kernels.__file__).parent
@@ -76,15 +77,18 @@ class _Done:
         self._under = repr((stats, str(folder), version("numba"), platform.python_version(), _cpu()))
 
     def __contains__(self, kernel: tuple[Any, ...]) -> bool:
-        return self._stamp(kernel).exists()
+        try:
+            return all(Path(line).exists() for line in self._stamp(kernel).read_text().splitlines())
+        except OSError:
+            return False
 
-    def add(self, kernel: tuple[Any, ...]) -> None:
+    def add(self, kernel: tuple[Any, ...], files: Iterable[Path] = ()) -> None:
         """At once, so that a build that is interrupted has lost the one kernel that it was at. A cache folder that
         cannot be written costs half a second a build."""
         path = self._stamp(kernel)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            path.write_text("".join(f"{file}\n" for file in files))
 
     def _stamp(self, kernel: tuple[Any, ...]) -> Path:
         gpu = (version("triton"), *(g.name for g in machine.gpus()[:1])) if kernel[0] == "gpu" else ()
@@ -103,10 +107,10 @@ def run(task: Task) -> None:
     done = _Done()
     for name in task.types:
         kernels.warm([name], "F16" if name == "BF16" else "BF16")  # one kernel serves every dtype but its own
-        done.add(("encode", name))
+        done.add(("encode", name), kernels.cache_files())
     for name in task.measured:
         kernels.warm_losses([name])
-        done.add(("measure", name))
+        done.add(("measure", name), kernels.cache_files())
     if task.on_gpu:
         encode = import_module("qbuild.kernels.gpu.encode")
         for kernel in task.on_gpu:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,8 @@ import numpy as np
 from qbuild.ggml import QTYPES, QType
 
 __all__ = [
-    "MODULES", "NEEDS_IMATRIX", "cast_into", "dequantize", "first_nonfinite", "invalid_blocks", "quantize",
-    "quantize_into", "row_losses", "warm",
-    "warm_losses",
+    "MODULES", "NEEDS_IMATRIX", "cache_files", "cast_into", "dequantize", "first_nonfinite", "invalid_blocks",
+    "quantize", "quantize_into", "row_losses", "warm", "warm_losses",
 ]  # fmt: skip
 
 MODULES = {
@@ -186,6 +186,12 @@ def warm_losses(types: Any) -> None:
     for name in types:
         values = dequantize(np.zeros((1, QTYPES[name].nbytes), np.uint8), name)
         row_losses(values, values, np.ones(values.shape[1], np.float32))
+
+
+def cache_files() -> list[Path]:
+    """Files of the disk cache that hold the kernels which this process has used."""
+    found: list[Path] = import_module("qbuild.kernels.simd").cache_files()
+    return found
 
 
 def _stored(name: str) -> QType:

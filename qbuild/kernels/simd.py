@@ -56,6 +56,8 @@ _JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False, "_nrt": Fal
 _PACKAGE = __name__.rpartition(".")[0] + "."
 _NAMED = (FunctionType, Dispatcher, type)  # what knows its module
 
+_CACHED: list[tuple[Any, Path]] = []  # entry points, each with the index of its files in numba's disk cache
+
 inline = njit(inline="always", **_JIT)
 
 
@@ -68,9 +70,16 @@ def kernel(function: Any) -> Any:
     try:
         # numba stamps a cache with the file of the entry point alone; an edit of what it inlines would go unnoticed.
         compiled._cache._cache_file._source_stamp = _sources(function)
+        _CACHED.append((compiled, Path(compiled._cache._cache_file._index_path)))
     except AttributeError:
         compiled._cache = caching.NullCache()
     return compiled
+
+
+def cache_files() -> list[Path]:
+    """Files of numba's disk cache that hold the kernels which this process has used."""
+    used = (index for compiled, index in _CACHED if compiled.signatures)
+    return [path for index in used for path in (index, *sorted(index.parent.glob(f"{index.stem}.*.nbc")))]
 
 
 def host_lanes() -> int:

@@ -153,3 +153,18 @@ def test_a_compilation_that_is_interrupted_keeps_the_kernels_that_were_done(
         warm.run(task)
     assert warm.left(task) == warm.Task(("Q6_K", "Q8_0"), measured=("Q4_K",))
     assert warm.left(warm.Task(("Q4_K",))).names == ()
+
+
+def test_a_kernel_whose_cache_was_cleared_is_compiled_again(project: Path) -> None:
+    task = warm.Task(("F16",))
+    assert warm.left(task) == task
+    warm.run(task)
+    assert warm.left(task) == warm.Task()
+    index, *compiled = (path for path in kernels.cache_files() if path.name.startswith("cast._cast-"))
+    for path in (index, *compiled):
+        aside = path.rename(path.with_suffix(".aside"))
+        try:
+            assert warm.left(task) == task
+        finally:
+            aside.rename(path)
+    assert warm.left(task) == warm.Task()
