@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qbuild.digest import Digest, digest_bytes
+from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import InputChanged, InputError
 
 __all__ = ["InputFile", "changed", "copies", "folder_name", "write"]
+
+PART = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,18 @@ class InputFile:
 
     @classmethod
     def taken(cls, path: Path) -> InputFile:
-        """The file as it is now. Raises InputError where it cannot be read."""
-        return cls(path, digest_bytes(_bytes(path)))
+        """The file as it is now, of which a little is held at a time: it may be a text of a gigabyte. Raises InputError
+        where it cannot be read."""
+        hasher = Hasher()
+        with _readable(path), path.open("rb") as file:
+            while part := file.read(PART):
+                hasher.update(part)
+        return cls(path, hasher.digest())
 
     def read(self) -> bytes:
         """Its bytes. Raises InputError where they are not those of the digest any more."""
-        data = _bytes(self.path)
+        with _readable(self.path):
+            data = self.path.read_bytes()
         if digest_bytes(data) != self.digest:
             raise changed(self.path)
         return data
@@ -42,9 +50,10 @@ def changed(path: Path, what: str = "") -> InputChanged:
     return InputChanged(str(path), fact, "run again when nothing writes it: nothing was made of the new bytes")
 
 
-def _bytes(path: Path) -> bytes:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        return path.read_bytes()
+        yield
     except OSError as error:
         raise InputError(str(path), f"cannot be read: {error.strerror}", "check the file") from None
 

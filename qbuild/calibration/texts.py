@@ -5,13 +5,17 @@ A document is a text, or a conversation: a list of messages with ``role`` and ``
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qbuild.errors import InputError
 
@@ -23,7 +27,8 @@ CORPUS = "corpus"
 BREAK = "\n\n----\n\n"  # between the documents of a built-in file
 LINES = (".jsonl", ".json")
 SUFFIXES = (".txt", *LINES)
-MAX_BYTES = 1 << 30  # all of it is held in memory
+MAX_BYTES = 1 << 30  # all of it is held in memory, by the job that makes tokens of it
+LINE = 1 << 20  # bytes that are held where a file is only looked at
 ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(.+))?")
 KINDS = "name FILE.txt, FILE.jsonl, a directory of them, or ORG/NAME/FILE.jsonl on the Hub"
 
@@ -31,14 +36,13 @@ KINDS = "name FILE.txt, FILE.jsonl, a directory of them, or ORG/NAME/FILE.jsonl 
 def check(source: str, length: int, use: str) -> None:
     """Raises InputError for a text here that cannot be read, or that is too short for a window of ``length`` tokens
     whatever the tokenizer: a token is a byte or more, and one or two stand between documents. One on the Hub passes."""
-    if not files(source, fetch=False):
-        return
-    found = documents(source)
-    if not all(isinstance(document, str) for document in found):
-        return  # a template may add much to a conversation
-    size = sum(len(document.encode()) for document in found if isinstance(document, str))
-    if size + 2 * len(found) < length:
-        fact = f"the text is too short: it has {size} bytes, a window needs {length} tokens"
+    paths, size, found = files(source, fetch=False), 0.0, 0
+    for nbytes in (nbytes for path in paths for nbytes in _sizes(path, source) if nbytes):
+        size, found = size + nbytes, found + 1
+    if paths and not found:
+        raise InputError(source, "has no text in it", KINDS)
+    if paths and size + 2 * found < length:
+        fact = f"the text is too short: it has {size:.0f} bytes, a window needs {length} tokens"
         raise InputError(f"{use}.source", fact, f"give more text, or lower {use}.length")
 
 
@@ -84,13 +88,53 @@ def _built_in() -> Iterator[str]:
             yield from file.read_text(encoding="utf-8").strip("\n").split(BREAK)
 
 
+def _sizes(path: Path, source: str) -> Iterator[float]:
+    """Bytes of each document of a file, of which a little is held at a time: the process that plans has a small part
+    of the budget. Infinite is a conversation, to which a template may add much, and what a line too long may hold."""
+    with _opened(path, source) as file:
+        if path.suffix not in LINES:
+            yield _text_size(file, path)
+            return
+        for number in count(1):
+            line = file.readline(LINE + 1)
+            if not line:
+                return
+            if len(line) > LINE:
+                yield math.inf
+                return
+            text = _decoded(line.removesuffix(b"\n"), path, number)
+            if text.strip():
+                document = _document(text, f"{path}:{number}")
+                yield len(document.encode()) if isinstance(document, str) else math.inf
+
+
+def _text_size(file: BinaryIO, path: Path) -> int:
+    decoder, size, line = codecs.getincrementaldecoder("utf-8-sig")(), 0, 1
+    while True:
+        data = file.read(LINE)
+        try:
+            size += len(decoder.decode(data, final=not data).encode())
+        except UnicodeDecodeError as error:
+            raise _no_utf8(path, line + error.object[: error.start].count(b"\n")) from None
+        line += data.count(b"\n")
+        if not data:
+            return size
+
+
 def _read(path: Path, source: str) -> bytes:
+    with _opened(path, source) as file:
+        return file.read()
+
+
+@contextmanager
+def _opened(path: Path, source: str) -> Iterator[BinaryIO]:
     if path.suffix not in SUFFIXES:
         raise InputError(source, f"{path.name} is no text that can be read here", KINDS)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(source, f"{path.name} is larger than 1 GiB", "a part of it is enough: head -n 10000")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            if path.stat().st_size > MAX_BYTES:
+                raise InputError(source, f"{path.name} is larger than 1 GiB", "a part of it is enough: head -n 10000")
+            yield file
     except FileNotFoundError:
         raise InputError(source, "there is no such file or directory", KINDS) from None
     except OSError as error:
@@ -98,14 +142,22 @@ def _read(path: Path, source: str) -> bytes:
 
 
 def _file(path: Path, data: bytes) -> Iterator[Document]:
-    try:
-        text = data.decode("utf-8-sig")  # as it is: no translation of line ends
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}", "is not UTF-8", "save the text as UTF-8") from None
+    text = _decoded(data, path, 1)
     if path.suffix not in LINES:
         return iter([text])
     return (_document(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _decoded(data: bytes, path: Path, line: int) -> str:
+    """Text from line ``line`` of a file on, as it is: no translation of line ends."""
+    try:
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise _no_utf8(path, line + data[: error.start].count(b"\n")) from None
+
+
+def _no_utf8(path: Path, line: int) -> InputError:
+    return InputError(f"{path}:{line}", "is not UTF-8", "save the text as UTF-8")
 
 
 def _document(line: str, place: str) -> Document:

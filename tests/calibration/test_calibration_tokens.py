@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from qbuild.calibration.texts import documents
+from qbuild.calibration.texts import check, documents
 from qbuild.calibration.tokens import Packed, Shape, begin_token, load_tokenizer, windows
+from qbuild.digest import digest_bytes
 from qbuild.errors import InputError
+from qbuild.inputs import InputFile
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 FILES = {path.name: path for path in TINY.iterdir()}
@@ -158,8 +161,35 @@ def test_a_directory_is_its_files_by_name(tmp_path: Path) -> None:
 )
 def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as read:
         documents(str(tmp_path / "a.jsonl"))
+    with pytest.raises(InputError) as looked_at:
+        check(str(tmp_path / "a.jsonl"), 1, "calibration")
+    assert str(looked_at.value) == str(read.value)
+
+
+def test_a_plan_holds_little_of_a_large_text(tmp_path: Path) -> None:
+    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_bytes("\ufeffx".encode() + "é".encode() * (5 << 20))  # cut inside of letters
+    lines.write_bytes(b"".join(json.dumps({"text": "x" * 65000}).encode() + b"\n" for _ in range(160)))
+    tracemalloc.start()
+    try:
+        for path, size in ((text, (10 << 20) + 1), (lines, 160 * 65000)):
+            with pytest.raises(InputError, match=f"it has {size} bytes, a window needs {2 * size} tokens"):
+                check(str(path), 2 * size, "calibration")
+            assert InputFile.taken(path).digest == digest_bytes(path.read_bytes())
+            tracemalloc.reset_peak()
+            check(str(path), 64, "calibration")
+            InputFile.taken(path)
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    with text.open("ab") as file:
+        file.write(b"\n\xe9")
+    with pytest.raises(InputError, match=r"a\.txt:2: is not UTF-8"):
+        check(str(text), 64, "calibration")
+    lines.write_bytes(json.dumps({"text": "x" * (3 << 19)}).encode())  # too long a line is left to the job
+    check(str(lines), 1 << 30, "calibration")
 
 
 def test_files_that_are_not_there_or_no_text_are_refused(tmp_path: Path) -> None:
