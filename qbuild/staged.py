@@ -105,6 +105,7 @@ class Stage:
         self.made: dict[str, Verdict] = {}
         self.read_bytes = self.written_bytes = 0
         self.seconds: dict[str, float] = {}
+        self.whole = True  # whether all that the plan counted of a step was done here: else it tells no rate
 
     @property
     def computed(self) -> frozenset[str]:
@@ -139,8 +140,9 @@ class Stage:
                 self._settle()
             todo = [actions[a] for a in self._missing() if actions[a].kind == step.kind]
             if todo:
+                self.whole = len(todo) == step.count
                 self.seconds[step.kind] = seconds = runners[step.kind](step, todo)
-                if step.work > MEASURABLE and seconds:
+                if self.whole and step.work > MEASURABLE and seconds:
                     name = rate_name(step.kind, self.calibration.device)
                     self.cache.note_rate(name, step.work / seconds / step.threads)
                 self._settle()
@@ -191,11 +193,13 @@ class Stage:
         """``run`` in a folder of its own, which the next build goes on in after a kill. Builds of equal copies of a
         model have equal keys, and with them one folder: the second waits, and runs what the first has left."""
         waiting = partial(self.jobs.sink.message, "info", "waiting for another build that makes the same")
+        own, asked = self.store.root / folder / key[:32], len(todo)
         with self.store.lock(f"{folder} {key}", on_wait=waiting) as waited:
             if waited:
                 self._settle()
                 todo = [action for action in todo if self.judge.verdicts[action.id].state != "hit"]
-            return run(self.store.root / folder / key[:32], todo) if todo else 0.0
+            self.whole &= len(todo) == asked and not own.exists()
+            return run(own, todo) if todo else 0.0
 
     def _note(self, action_id: str, *outputs: Digest) -> None:
         self.made[action_id] = Verdict("hit", "made", self.judge.verdicts[action_id].key, outputs)

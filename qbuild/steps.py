@@ -445,15 +445,17 @@ class _Planner:
             raised = Remedy("a larger device", vram, f"budget.vram={-(-vram // (1 << 20))}MiB")
             raise refuse(names, "VRAM", vram, self.budget.vram, [raised])
         seconds = sum(need.seconds / self._threads for need in needs) + sum(e.download / DOWNLOAD for e in lacking)
+        read = len(todo) * self._bytes(self.shapes)  # hashed again: a library reads by itself
         return Step(
             backend.KIND,
             names,
             count=len(todo),
             ram=ram,
-            seconds=seconds,
+            seconds=seconds + read / self.judge.rate("read"),
             disk=sum(e.disk for e in lacking) + sum(t.nbytes for t in targets),
             temporary=max(t.nbytes for t in targets),
             vram=vram,
+            read=read,
             notes=tuple(sorted(e.announcement() for e in lacking)),
         )
 

@@ -111,8 +111,11 @@ def refused(done: Done, code: int, *words: str) -> None:
 def test_a_backend_gets_the_windows_of_native_targets_and_no_statistics_are_taken_for_it(
     build: Build, library: Path
 ) -> None:
+    planned = build("plan", "target=gptq/w4_g64", BACKEND)["predicted"]
     made = build("target=gptq/w4_g64", BACKEND)
     assert made["totals"]["actions"] == {"calibration.tokens": 1, "quant.backend": 1}
+    # The source is hashed before, and again when the library has read it.
+    assert made["totals"]["read_bytes"] == pytest.approx(planned["read_bytes"], rel=1e-2)
     windows = asked(library)["windows"]
     assert [len(window) for window in windows] == [64] * 4
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ import pytest
 from conftest import TINY, Build, Done, Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from qbuild import staged
+from qbuild.store import Store
 
 ONCE = {"calibration.tokens": 1, "calibration.statistics": 3}
 
@@ -32,6 +38,47 @@ def test_one_forward_pass_serves_every_format_and_a_second_group_size_none(build
 
     other = build("target=awq/w4_g32")
     assert actions(other) == {"quant.layer": 3, "checkpoint.directory": 1}
+
+
+@pytest.mark.slow
+def test_a_pass_that_was_done_here_in_part_tells_no_rate(
+    build: Build, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staged, "MEASURABLE", 0)
+    index, lock = project.parent / "cache" / "qbuild" / "store" / "index.sqlite", Store.lock
+
+    def ask(query: str, rows: Sequence[Any] = ()) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(index, isolation_level=None)) as db:
+            for row in rows:
+                db.execute(query, row)
+            return [] if rows else db.execute(query).fetchall()
+
+    def passes(meanwhile: Callable[[Store, str], bool]) -> int:
+        """How many rates are known after a build, where something happens before its pass has the lock."""
+
+        @contextlib.contextmanager
+        def locked(store: Store, name: str, **more: Any) -> Iterator[bool]:
+            with lock(store, name, **more) as waited:
+                yield meanwhile(store, name) if name.startswith("states ") else waited
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "lock", locked)
+            build("target=imatrix")
+        return len(ask("SELECT * FROM rates WHERE name = 'forward'"))
+
+    def another_build(_store: Store, _name: str) -> bool:
+        ask("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?)", layers[:2])
+        return True
+
+    def a_kill(store: Store, name: str) -> bool:
+        (store.root / "states" / name.split()[1][:32]).mkdir(parents=True)
+        return False
+
+    assert passes(lambda _store, _name: False) == 1
+    layers = ask("SELECT * FROM results WHERE kind = 'calibration.statistics'")
+    for meanwhile in (another_build, a_kill):
+        ask("DELETE FROM results WHERE kind LIKE 'calibration.%'")
+        assert passes(meanwhile) == 1
 
 
 @pytest.mark.slow
