@@ -13,7 +13,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "quant.propagated"
-SALT = 6
+SALT = 7
 VERSIONS = ("torch", "transformers")
 
 

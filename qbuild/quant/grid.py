@@ -28,6 +28,11 @@ class Grid:
         """The largest code."""
         return int(2**self.bits - 1)
 
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """Of scales: a symmetric grid has one code more below its middle, and a negative scale turns it around."""
+        return (1, -1) if self.symmetric else (1,)
+
     def grouped(self, weight: torch.Tensor) -> torch.Tensor:
         """[out, groups, columns of a group]."""
         return weight.view(weight.shape[0], -1, weight.shape[1] if self.group_size == -1 else self.group_size)
@@ -67,8 +72,7 @@ def nearest(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 def fit(weight: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros, float32 [out, groups]: of ever narrower ranges the one with the least weighted squared error.
 
-    ``cost`` [in]: what an error in a column costs. With a zero point, its neighbours are tried too. Scales stay
-    positive: a negative one would turn a symmetric grid to the side that needs it, but no loader was tried with one.
+    ``cost`` [in]: what an error in a column costs. With a zero point, its neighbours are tried too.
     """
     parts = [_fit(grid.grouped(rows), grid.grouped(cost[None]), grid) for rows in weight.split(_rows(weight))]
     scales, zeros = zip(*parts, strict=True)
@@ -94,7 +98,8 @@ def _fit(grouped: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.T
 
     for step in range(STEPS):
         scale, zero = grid.at(high, low, WIDEST - (WIDEST - NARROWEST) * step / (STEPS - 1))
-        attempt(scale, zero)
+        for sign in grid.signs:
+            attempt(sign * scale, zero)
     if not grid.symmetric:
         found = scales.clone(), zeros.clone()
         for step in (-1, 1):
@@ -113,10 +118,11 @@ def clipped(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> tuple[torch
     scales, zeros = torch.empty_like(high), torch.empty_like(high)
     for step in range(CLIPS):
         limit = widest * (1 - CLIP_STEP * step)
-        scale, zero = grid.at(torch.minimum(high, limit), torch.maximum(low, -limit))
-        error = grouped - quantize(grouped, scale[..., None], zero[..., None], grid.top)[1]
-        loss = (torch.einsum("ogi,gij->ogj", error, blocks) * error).sum(-1)
-        better = loss < best
-        best = torch.where(better, loss, best)
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+        width, zero = grid.at(torch.minimum(high, limit), torch.maximum(low, -limit))
+        for scale in (sign * width for sign in grid.signs):
+            error = grouped - quantize(grouped, scale[..., None], zero[..., None], grid.top)[1]
+            loss = (torch.einsum("ogi,gij->ogj", error, blocks) * error).sum(-1)
+            better = loss < best
+            best = torch.where(better, loss, best)
+            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
     return scales, zeros

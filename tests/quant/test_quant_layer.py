@@ -100,10 +100,26 @@ def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
             assert (losses(other.to(torch.uint8)) >= best * 0.9999).all()
 
 
-def test_scales_are_positive_as_loaders_know_them() -> None:
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_a_symmetric_grid_turns_to_the_side_with_the_largest_weight(rounding: str) -> None:
+    """Groups of all codes of a 4-bit grid, some upside down: without a negative scale no grid has them."""
+    steps = torch.arange(-8.0, 8).repeat(2)
+    weight = torch.stack([steps, -steps, torch.cat([steps[:16], -steps[:16]])]) / 64
+    gram = torch.eye(32)
+    if rounding == "gptq":
+        scales, zeros = fit(weight, gram.diagonal(), Grid(4, 16, True))
+    else:
+        scales, zeros = clipped(weight, gram, Grid(4, 16, True))
+    assert scales.sign().tolist() == [[1, 1], [-1, -1], [1, -1]]
+    assert (zeros == 8).all()
+    loss = (weight - quantize(weight.view(3, 2, 16), scales[..., None], zeros[..., None], 15)[1].view(3, 32)).square().sum()
+    turned = (weight - nearest(weight, Grid(4, 16, True))).square().sum()
+    assert loss < turned / 2
+
+
+def test_a_grid_with_a_zero_point_has_positive_scales() -> None:
     weight, x = weights(32, 128), inputs(128)
-    for grid in (Grid(4, 32, True), Grid(3, 32, False)):
-        assert (one(weight, x.T @ x, grid, "activation", 0.05).scales > 0).all()
+    assert (one(weight, x.T @ x, Grid(3, 32, False), "activation", 0.05).scales > 0).all()
 
 
 def test_sorted_groups_are_told_by_their_index() -> None:
