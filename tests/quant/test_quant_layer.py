@@ -112,7 +112,11 @@ def test_a_symmetric_grid_turns_to_the_side_with_the_largest_weight(rounding: st
         scales, zeros = clipped(weight, gram, Grid(4, 16, True))
     assert scales.sign().tolist() == [[1, 1], [-1, -1], [1, -1]]
     assert (zeros == 8).all()
-    loss = (weight - quantize(weight.view(3, 2, 16), scales[..., None], zeros[..., None], 15)[1].view(3, 32)).square().sum()
+    loss = (
+        (weight - quantize(weight.view(3, 2, 16), scales[..., None], zeros[..., None], 15)[1].view(3, 32))
+        .square()
+        .sum()
+    )
     turned = (weight - nearest(weight, Grid(4, 16, True))).square().sum()
     assert loss < turned / 2
 
