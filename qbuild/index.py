@@ -57,12 +57,17 @@ CREATE TABLE outputs (
 ) WITHOUT ROWID;
 """
 
-# By version, the statements that make an index one of the next version.
+# By version, the statements that make an index one of the next version. SQLite before 3.35 drops no columns.
 UPGRADES = {
     1: (
-        "ALTER TABLE results DROP COLUMN versions",
-        "ALTER TABLE results RENAME COLUMN meta TO about",
-        "UPDATE results SET about = '[]' WHERE about = '{}'",
+        "ALTER TABLE results RENAME TO before",
+        """CREATE TABLE results (
+          key TEXT PRIMARY KEY, kind TEXT NOT NULL, outputs TEXT NOT NULL, inputs TEXT NOT NULL, seconds REAL NOT NULL,
+          peak_rss INTEGER NOT NULL, about TEXT NOT NULL, created INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        """INSERT INTO results
+          SELECT key, kind, outputs, inputs, seconds, peak_rss, replace(meta, '{}', '[]'), created FROM before""",
+        "DROP TABLE before",
         "DROP TABLE peaks",
     ),
 }

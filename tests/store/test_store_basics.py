@@ -7,7 +7,9 @@ import os
 import sqlite3
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_kit import digest_of, flip, packed
@@ -447,6 +449,15 @@ PRAGMA user_version=1;
 """
 
 
+class OldSqlite(sqlite3.Connection):
+    """As SQLite 3.34, which enterprise distributions have."""
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        if "DROP COLUMN" in sql:
+            raise sqlite3.OperationalError('near "DROP": syntax error')
+        return super().execute(sql, *values)
+
+
 def test_an_index_of_an_older_version_is_brought_up_to_date_and_keeps_all(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ):
@@ -461,6 +472,7 @@ def test_an_index_of_an_older_version_is_brought_up_to_date_and_keeps_all(
         patched.setattr("qbuild.index._may_write", lambda _root: False)
         with pytest.raises(StoreError, match="older qbuild"):
             ActionCache(Store(store.root)).get("old")
+    monkeypatch.setattr("qbuild.index.sqlite3.connect", partial(sqlite3.connect, factory=OldSqlite))
     found = ActionCache(Store(store.root))
     assert (found.get("old"), found.get("about")) == (old, about)
     found.put("new", about)
