@@ -169,11 +169,21 @@ def _document(line: str, place: str) -> Document:
         raise InputError(place, f"is not JSON: {error}", remedy) from None
     if isinstance(found, dict):
         if isinstance(found.get("text"), str):
-            return str(found["text"])
+            return _whole(found["text"], place)
         if _is_conversation(found.get("messages")):
-            return [{"role": said["role"], "content": said["content"]} for said in found["messages"]]
+            return [{key: _whole(said[key], place) for key in ("role", "content")} for said in found["messages"]]
     keys = f"; it has {', '.join(map(str, list(found)[:8]))}" if isinstance(found, dict) else ""
     raise InputError(place, f"has neither text nor messages{keys}", remedy)
+
+
+def _whole(text: str, place: str) -> str:
+    """JSON can hold half of a surrogate pair, which is no letter: no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        fact = f"has half of a letter in it: {text[error.start : error.start + 1]!a}"
+        raise InputError(place, fact, "take it out, or write the text again") from None
+    return text
 
 
 def _is_conversation(messages: Any) -> bool:

@@ -156,6 +156,8 @@ def test_a_directory_is_its_files_by_name(tmp_path: Path) -> None:
         (b'["a"]\n', r"a.jsonl:1: has neither"),
         (b'{"messages": [{"role": "user"}]}\n', r"a.jsonl:1: has neither"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl:2: is not UTF-8"),
+        (rb'{"text": "cut \ud83d here"}', r"a.jsonl:1: has half of a letter in it: '\\ud83d'"),
+        (rb'{"messages": [{"role": "user", "content": "\ude00"}]}', r"a.jsonl:1: has half of a letter in it"),
         (b'{"text": ""}\n\n', "has no text in it"),
     ],
 )
