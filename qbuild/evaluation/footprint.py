@@ -80,7 +80,8 @@ def on_device(config: Mapping[str, Any], tensors: Shapes, text: Text, *, dequant
     count = layer_count(config)
     layers = (device_footprint(config, tensors, prefix, layer, step, models=0) for layer in range(count))
     logits = vocabulary * (2 * ROWS * ITEM[text.dtype] + EXACT_COPIES * EXACT_ROWS * 8)
-    heads = CUBLAS + 2 * table * ITEM[text.dtype] + 2 * table + logits
+    read = 6 - ITEM[text.dtype]  # bytes a weight of a head that is stored in the other width
+    heads = CUBLAS + 2 * table * ITEM[text.dtype] + read * table + logits
     matrix = CUBLAS + COMPARED * max(matrices, default=0)
     return Device(ram, max(*layers, heads, matrix))
 

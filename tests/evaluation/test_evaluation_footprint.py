@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qbuild.checkpoint import open_path
-from qbuild.evaluation.footprint import Text, evaluation, states, states_bytes
+from qbuild.evaluation.footprint import Text, evaluation, on_device, states, states_bytes
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 CONFIG = json.loads((TINY / "config.json").read_text())
@@ -38,6 +38,15 @@ def test_states_are_counted_once_for_each_model() -> None:
     assert states(CONFIG, SHAPES, large) - states(CONFIG, SHAPES, small) == more
     both = [evaluation(CONFIG, SHAPES, text, dequantized=True) for text in (small, large)]
     assert both[1] - both[0] == 2 * more
+
+
+@pytest.mark.parametrize(("dtype", "held"), [("float32", 4 + 2 + 4), ("bfloat16", 2 + 4 + 2)])
+def test_on_a_device_both_heads_are_counted_and_one_as_it_is_read(dtype: str, held: int) -> None:
+    """A bfloat16 head becomes float32, or a float32 one, which is what a GGUF file gives, bfloat16."""
+    ends = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in SHAPES]
+    large = SHAPES | dict.fromkeys(ends, (1 << 10, 1 << 20))
+    vram = on_device(CONFIG, large, Text(4, 256, dtype), dequantized=True).vram
+    assert held << 30 < vram < (held + 1) << 30
 
 
 def test_the_prediction_loads_no_torch() -> None:
