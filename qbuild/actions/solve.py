@@ -12,7 +12,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "quant.layer"
-SALT = 10
+SALT = 11
 VERSIONS = ("torch",)
 
 

@@ -28,30 +28,30 @@ class Grid:
         """The largest code."""
         return int(2**self.bits - 1)
 
-    @property
-    def signs(self) -> tuple[int, ...]:
-        """Of scales: a symmetric grid has one code more below its middle, and a negative scale turns it around."""
-        return (1, -1) if self.symmetric else (1,)
-
     def grouped(self, weight: torch.Tensor) -> torch.Tensor:
         """[out, groups, columns of a group]."""
         return weight.view(weight.shape[0], -1, weight.shape[1] if self.group_size == -1 else self.group_size)
 
     def at(self, high: torch.Tensor, low: torch.Tensor, share: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero, float32, of a range from ``low`` <= 0 to ``high`` >= 0, taken ``share`` as wide."""
-        scale = ((high - low) * share / self.top).clamp(min=TINY).half().float().clamp(min=TINY)
+        """Scale and zero, float32, of what ``ends`` gave, taken ``share`` as wide."""
+        scale = ((high - low) * share / self.top).half().float()
+        scale = torch.where(scale.abs() < TINY, TINY, scale)
         if self.symmetric:
             return scale, torch.full_like(scale, (self.top + 1) // 2)
         return scale, (-low * share / scale).round().clamp(0, self.top)
 
 
 def ends(grouped: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """The range of each group, [out, groups]: its largest and smallest weight and 0; both sides alike if symmetric."""
+    """The range of each group, [out, groups]: its largest and smallest weight and 0.
+
+    If symmetric, the weight of the largest size comes last and its negative first: there is one code more below the
+    middle, and where that weight is positive, a negative scale turns the grid around.
+    """
     high, low = grouped.amax(-1).clamp(min=0), grouped.amin(-1).clamp(max=0)
     if not grid.symmetric:
         return high, low
-    high = torch.maximum(high, -low)
-    return high, -high
+    largest = torch.where(high > -low, high, low)
+    return -largest, largest
 
 
 def quantize(
@@ -98,8 +98,7 @@ def _fit(grouped: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.T
 
     for step in range(STEPS):
         scale, zero = grid.at(high, low, WIDEST - (WIDEST - NARROWEST) * step / (STEPS - 1))
-        for sign in grid.signs:
-            attempt(sign * scale, zero)
+        attempt(scale, zero)
     if not grid.symmetric:
         found = scales.clone(), zeros.clone()
         for step in (-1, 1):
@@ -118,11 +117,10 @@ def clipped(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> tuple[torch
     scales, zeros = torch.empty_like(high), torch.empty_like(high)
     for step in range(CLIPS):
         limit = widest * (1 - CLIP_STEP * step)
-        width, zero = grid.at(torch.minimum(high, limit), torch.maximum(low, -limit))
-        for scale in (sign * width for sign in grid.signs):
-            error = grouped - quantize(grouped, scale[..., None], zero[..., None], grid.top)[1]
-            loss = (torch.einsum("ogi,gij->ogj", error, blocks) * error).sum(-1)
-            better = loss < best
-            best = torch.where(better, loss, best)
-            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+        scale, zero = grid.at(high.clamp(-limit, limit), low.clamp(-limit, limit))
+        error = grouped - quantize(grouped, scale[..., None], zero[..., None], grid.top)[1]
+        loss = (torch.einsum("ogi,gij->ogj", error, blocks) * error).sum(-1)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
     return scales, zeros
