@@ -244,7 +244,7 @@ class _Builder:
         self._check_overrides(target, place)
         kept = mix.pruned(self.specs, target.prune_layers, f"{place}.prune_layers")
         named = [replace(spec, name=new) for spec, new in kept]
-        self._notice_patterns(target, [spec.name for spec in named], place)
+        self._notice_patterns(target, named, place)
         types = [type_ for _, type_ in mix.choose(named, self.facts, _mix(target))]
         choices = tuple((spec, type_) for (spec, _), type_ in zip(kept, types, strict=True))
         matrix = self._imatrix(target, place) if target.imatrix else None
@@ -261,13 +261,14 @@ class _Builder:
         awaits = isinstance(matrix, Output)
         return FileTarget(name, names, params.tensors, choices, ids, made.action, params.shards, awaits)
 
-    def _notice_patterns(self, target: schema.GgufTarget, names: list[str], place: str) -> None:
+    def _notice_patterns(self, target: schema.GgufTarget, named: list[TensorSpec], place: str) -> None:
         """A pattern that matches nothing is no error: a recipe may name experts, and be used for a model without."""
+        names = mix.quantized(named, self.facts, _mix(target))
+        kinds, fact = mix.kinds(names), "no tensor that is quantized has such a name"
         for pattern in mix.unmatched(names, _mix(target)):
-            kinds = mix.kinds(names)
             near = schema.nearest(pattern, kinds)
-            remedy = f"did you mean {' or '.join(near)}?" if near else f"tensors: {', '.join(kinds)}"
-            self.notices.append(Notice(f"{place}.tensor_types.{pattern}", "no tensor has such a name", remedy))
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"tensors: {', '.join(kinds) or 'none'}"
+            self.notices.append(Notice(f"{place}.tensor_types.{pattern}", fact, remedy))
 
     def fit_target(self, name: str, target: schema.FitTarget) -> FileTarget | CalibratedTarget:
         """A file whose types damage decides: a file like any other as soon as they are known."""

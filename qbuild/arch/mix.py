@@ -15,7 +15,9 @@ from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.errors import ConfigError
 from qbuild.ggml import FILE_TYPES, QTYPES
 
-__all__ = ["Mix", "choose", "kinds", "layers", "needs_imatrix", "order", "pruned", "quantizable", "unmatched"]
+__all__ = [
+    "Mix", "choose", "kinds", "layers", "needs_imatrix", "order", "pruned", "quantizable", "quantized", "unmatched",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,14 @@ def choose(specs: Sequence[TensorSpec], facts: ModelFacts, mix: Mix) -> list[tup
     return [(spec, walk.type_of(spec)) for spec in order(specs)]
 
 
+def quantized(specs: Sequence[TensorSpec], facts: ModelFacts, mix: Mix) -> list[str]:
+    """Names of the tensors whose types ``mix.tensor_types`` can change: none in a file of floats."""
+    every = QTYPES[FILE_TYPES[mix.file_type].base].quantized
+    return [spec.name for spec in specs if every and quantizable(spec, facts)]
+
+
 def unmatched(names: Sequence[str], mix: Mix) -> list[str]:
-    """Patterns of ``mix.tensor_types`` that match no tensor's name: llama-quantize ignores them."""
+    """Patterns of ``mix.tensor_types`` that match none of ``names``: llama-quantize ignores them."""
     patterns = ((text, _pattern(text, mix.file_type)) for text, _ in mix.tensor_types)
     return [text for text, pattern in patterns if not any(map(pattern.search, names))]
 

@@ -73,18 +73,28 @@ def test_what_a_recipe_sets_of_a_target_that_is_not_chosen_makes_no_target(proje
 
 
 def test_what_is_set_and_does_nothing_is_told_and_stops_nothing(project: Path, qbuild: Run) -> None:
-    types = "{ffn_dwn: Q8_0, ffn_down: Q6_K, zz: Q6_K}"
+    types = "{ffn_dwn: Q8_0, ffn_down: Q6_K, zz: Q6_K, attn_norm: Q8_0}"
     text = f"targets:\n  q4_k_m: {{tensor_types: {types}}}\n  q5_k_m: {{pure: true}}\n  q6_k: {{pure: true}}\n"
     write(project / "recipes" / "own.yaml", f"defaults:\n  - override /model: tinyllama1b\n{text}")
     planned = qbuild("plan", "-m", "+recipe=own", "target=gguf/q4_k_m,gguf/q5_k_m", "format=json")
     assert planned.err == "notice: set in targets, but not chosen: q6_k\n"
-    first, second = planned.document["builds"][0]["notices"]
+    first, second, norms = planned.document["builds"][0]["notices"]
     assert first["place"] == "targets.q4_k_m.tensor_types.ffn_dwn"
-    assert first["remedy"] == "did you mean ffn_down or ffn_norm or ffn_up?"
+    assert first["remedy"] == "did you mean ffn_down or ffn_up?"
     assert (second["place"], second["remedy"][:8]) == ("targets.q4_k_m.tensor_types.zz", "tensors:")
+    assert (norms["place"], norms["fact"]) == (
+        "targets.q4_k_m.tensor_types.attn_norm",
+        "no tensor that is quantized has such a name",
+    )
+    types = "targets.f16.tensor_types={ffn_down: Q8_0}"
+    floats = qbuild("plan", "model=tinyllama1b", "target=gguf/f16", types, "format=json")
+    assert [notice["remedy"] for notice in floats.document["notices"]] == ["tensors: none"]
     told = qbuild("plan", "+recipe=own", "target=gguf/q4_k_m")
     assert told.err == "notice: set in targets, but not chosen: q5_k_m, q6_k\n"
-    assert "\n\nnotice: targets.q4_k_m.tensor_types.ffn_dwn: no tensor has such a name\n  did you mean" in told.out
+    assert (
+        "\n\nnotice: targets.q4_k_m.tensor_types.ffn_dwn: no tensor that is quantized has such a name\n  did you mean"
+        in told.out
+    )
 
 
 def test_tensor_types_keep_their_order_and_may_hold_dots(project: Path) -> None:
