@@ -5,7 +5,7 @@ Device, chunk size and threads are strategy: they change footprint and time, nev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qbuild import gguffile
@@ -26,6 +26,7 @@ CHUNKS = {
 GPU_THREADS = 4  # chunks on their way at once: one goes up, one is computed, one comes down
 PARENT_RAM = 57 << 20  # the build's own process beside its worker: Hydra, SQLite, the plan (measured: 49 to 53)
 WORKER_RAM = 176 << 20  # a worker with numpy, numba and kernels loaded, before any buffer (measured: 165 to 175)
+GRID_RAM = 18 << 20  # and with the tables of types that have grids (measured: 5 to 15)
 WORKER_RAM_CUDA = 900 << 20  # and one with torch and a CUDA context
 CHUNKS_PER_PASS = 32  # a small model gets small chunks: buffers are then all used, and the pipeline is never empty
 TENSOR_RAM = 4 << 10  # Python objects of one tensor of a pass
@@ -148,9 +149,15 @@ def predict_ram(task: stream.PassTask) -> int:
     slot, scratch = stream.slot_bytes(task)
     buffers = stream.slots(task) * slot + task.threads * scratch
     base = WORKER_RAM_CUDA if task.device == "cuda" else WORKER_RAM
+    base += tables_ram(want.params.type for t in task.tensors for want in t.wants)
     matrices = {want.imatrix for t in task.tensors for want in t.wants if want.imatrix is not None}
     buffers += 2 * sum(map(len, matrices))  # as they came, and as they are kept
     return base + buffers + len(task.tensors) * TENSOR_RAM + sum(o.header_bytes for o in task.outputs)
+
+
+def tables_ram(types: Iterable[str]) -> int:
+    """Bytes of the tables that quantizing to these types needs."""
+    return GRID_RAM if any(name.startswith(("IQ1", "IQ2", "IQ3")) for name in types) else 0
 
 
 def predict_vram(task: stream.PassTask) -> int:

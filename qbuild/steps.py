@@ -32,7 +32,7 @@ from qbuild.calibration.texts import check
 from qbuild.digest import Digest
 from qbuild.evaluation import footprint
 from qbuild.graph import Action, Source
-from qbuild.lower import PARENT_RAM, WORKER_RAM
+from qbuild.lower import PARENT_RAM, WORKER_RAM, tables_ram
 from qbuild.recipe import Resolved
 from qbuild.vram import CONTEXT
 
@@ -391,7 +391,8 @@ class _Planner:
         specs = {action.id: self.resolved.specs[action.id.partition(":")[0]] for action in todo}
         chunk = max(max(damage.CHUNK, spec.shape[-1] * spec.transform.unit) for spec in specs.values())
         buffers = (self.budget.threads + 1) * chunk * damage.WEIGHT_RAM
-        ram = max(WORKER_RAM + 2 * self.model.curvature_bytes(self.shapes) + buffers, warm.RAM)
+        base = WORKER_RAM + tables_ram(action.params.made.type for action in todo)
+        ram = max(base + 2 * self.model.curvature_bytes(self.shapes) + buffers, warm.RAM)
         seconds = sum(
             specs[a.id].weights * (1 / self.judge.rate(f"encode {a.params.made.type}") + 1 / self.judge.rate("compare"))
             for a in todo

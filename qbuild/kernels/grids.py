@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RUN = 16  # lists of neighbours are padded to a multiple of it
+PART = 256  # codes at a time: IQ1's at once are 110 MiB of distances and places
 _FAR = 255  # larger than any squared distance between levels: 32 of 2 bits, 196 of 3 bits
 
 
@@ -83,6 +84,12 @@ def _pack(levels: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 
 def _neighbours(codes: np.ndarray, points: np.ndarray, nearest: int) -> tuple[np.ndarray, np.ndarray]:
     """How many neighbours each code has, and all their numbers, in order of code, distance, number."""
+    parts = [_near(codes[at : at + PART], points, nearest) for at in range(0, len(codes), PART)]
+    lengths, numbers = zip(*parts, strict=True)
+    return np.concatenate(lengths), np.concatenate(numbers)
+
+
+def _near(codes: np.ndarray, points: np.ndarray, nearest: int) -> tuple[np.ndarray, np.ndarray]:
     a, b = codes.astype(np.float32), points.astype(np.float32)
     distance = ((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T)).astype(np.uint8)
     limit = distance.min(axis=1)
@@ -90,4 +97,4 @@ def _neighbours(codes: np.ndarray, points: np.ndarray, nearest: int) -> tuple[np
         limit = np.where(distance > limit[:, None], distance, _FAR).min(axis=1)
     code, point = np.nonzero(distance <= limit[:, None])
     order = np.lexsort((point, distance[code, point], code))
-    return np.bincount(code, minlength=len(codes)), point[order]
+    return np.bincount(code, minlength=len(codes)), point[order].astype(np.uint16)

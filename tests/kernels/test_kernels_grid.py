@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from qbuild import kernels
 from qbuild.ggml import QTYPES
 from qbuild.kernels import grids
+from qbuild.lower import GRID_RAM, tables_ram
 
 TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 COLS = 768
@@ -158,3 +160,17 @@ def test_hundreds_of_thousands_of_weights(ggml, name, seed):
     for imatrix in imatrices(seed, name):
         ggml.assert_same(name, kernels.quantize(x, name, imatrix, threads=2), ggml.quantize(x, name, imatrix))
         ggml.assert_same(name, kernels.quantize(hard, name, imatrix), ggml.quantize(hard, name, imatrix))
+
+
+def test_tables_are_made_within_what_a_plan_counts_for_them() -> None:
+    """All neighbours of IQ1's codes at once took 110 MiB, and a worker was stopped for it."""
+    tracemalloc.start()
+    grids.tables.__wrapped__("IQ1_S")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < GRID_RAM
+
+
+def test_types_with_grids_are_planned_with_their_tables() -> None:
+    assert all(tables_ram([name]) == GRID_RAM for name in grids.GRIDS)
+    assert tables_ram(["Q4_K", "IQ4_XS", "IQ4_NL"]) == 0
