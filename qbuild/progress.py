@@ -131,8 +131,7 @@ class Live(Messages):
         console = Console(file=self.stream, highlight=False)
         self.view = RichLive(console=console, refresh_per_second=8, transient=True, redirect_stdout=False)
         self.view.start()
-        rate = 0.0 if unit == "tensors" else None
-        self.update(Status(0, total, 0, total_bytes, rate, None, 0, budget_ram, "", "", unit))
+        self.update(Status(0, total, 0, total_bytes, None, None, 0, budget_ram, "", "", unit))
 
     def update(self, status: Status) -> None:
         from rich.console import Group
@@ -174,6 +173,8 @@ def work_of(status: Status) -> list[str]:
 
 
 def memory_of(status: Status) -> str:
+    if not status.rss:
+        return f"RAM budget {format_size(status.budget)}"  # nothing is known of it yet
     near = ", near the budget" if status.near_budget else ""
     return f"RAM {format_size(status.rss)} of {format_size(status.budget)}{near}"
 

@@ -16,6 +16,8 @@ from qbuild.progress import Sink, Status
 
 __all__ = ["Jobs"]
 
+SETTLED = 20.0  # seconds, after which a hundredth of the work tells how long it takes; before, a tenth
+
 
 class Jobs:
     """Runs jobs in workers within the plan's budget. ``noted`` is by label, for build.json."""
@@ -72,7 +74,8 @@ class Jobs:
             return
         elapsed = max(time.monotonic() - self.began, 1e-3)
         # The first tensors are small, and the clock ran while the worker started: they tell no rate.
-        rate = event["bytes"] / elapsed if 100 * event["bytes"] >= self.todo_bytes else 0.0
+        enough = self.todo_bytes / (100 if elapsed > SETTLED else 10)
+        rate = event["bytes"] / elapsed if event["bytes"] >= enough else 0.0
         self.sink.update(
             Status(
                 tensors_done=event["tensors"],

@@ -78,7 +78,7 @@ def _composition(error: Exception, overrides: list[str], names: Names) -> Config
         )
     if (found := re.search(r"Ambiguous value for argument '([^']+)'", text)) is not None:
         name, _, values = found[1].partition("=")
-        remedy = f"as a list: '{name}=[{values}]'\nas a sweep, one build each: -m {found[1]}"
+        remedy = f"as a list: '{name}=[{values}]'\nas a sweep: -m {found[1]}"
         return ConfigError(found[1], "several values for one setting", remedy)
     if key is not None and re.search(r"Key '[^']+' (not in|is not in struct)", text):
         return _unknown(key[1], where + key[1], overrides, names)

@@ -177,6 +177,16 @@ def test_the_live_view_shows_everything_and_ends_clean() -> None:
     assert "warning: near the limit" in text
 
 
+def test_nothing_is_shown_that_is_not_known_before_a_worker_reports() -> None:
+    stream = Terminal()
+    live = Live(stream)
+    live.start("tiny → q4_k_m", 291, 1000, 8 << 30)
+    live.finish()
+    assert "RAM budget 8.0 GiB" in stream.getvalue()
+    assert "0 B" not in stream.getvalue()
+    assert "weights/s" not in stream.getvalue()
+
+
 def test_memory_near_the_budget_is_pointed_out() -> None:
     stream = io.StringIO()
     lines = Lines(stream, clock=lambda: 0.0)
