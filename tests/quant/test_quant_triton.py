@@ -27,7 +27,8 @@ for size, rows in ((64, 20), (24, 7)):
     plain = columns.round_block(block.clone(), factor, scales, zeros, groups, 15)
     assert torch.equal(ours[0], plain[0])
     torch.testing.assert_close(ours[1], plain[1], rtol=1e-4, atol=1e-5)
-    given = block, slope, hessian, scales[0], zeros[0], 15
+    values = (torch.randint(0, 16, (size, rows)) - zeros[0]) * scales[0]  # recode begins with what codes stand for
+    given = values, slope, hessian, scales[0], zeros[0], 15
     assert torch.equal(triton_columns.recode(*given), columns.recode(*given))
 """
 
