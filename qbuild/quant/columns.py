@@ -41,8 +41,8 @@ def recode(
 ) -> torch.Tensor:
     """Codes float32 [columns, out] of one group: each column in turn the best while all others stay.
 
-    ``values`` are those of the codes of now and ``slope`` half the gradient of the loss there, float32 [columns, out]; ``own``
-    [columns, columns] is the group's part of the Hessian, ``scale`` and ``zero`` [out] its grid.
+    ``values`` are those of the codes of now and ``slope`` half the gradient of the loss there, float32 [columns, out];
+    ``own`` [columns, columns] is the group's part of the Hessian, ``scale`` and ``zero`` [out] its grid.
     """
     steps, slope, codes = (values / scale).round_(), slope / scale, torch.empty_like(values)
     low, high, change = -zero, top - zero, torch.empty_like(zero)
