@@ -15,6 +15,7 @@ from qbuild.digest import Digest, digest_bytes
 from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Source
+from qbuild.kernels.grids import GRIDS
 from qbuild.recipe import FileTarget, Resolved
 from qbuild.vram import CONTEXT, reserved
 
@@ -157,7 +158,7 @@ def predict_ram(task: stream.PassTask) -> int:
 
 def tables_ram(types: Iterable[str]) -> int:
     """Bytes of the tables that quantizing to these types needs."""
-    return GRID_RAM if any(name.startswith(("IQ1", "IQ2", "IQ3")) for name in types) else 0
+    return GRID_RAM if any(name in GRIDS for name in types) else 0
 
 
 def predict_vram(task: stream.PassTask) -> int:
