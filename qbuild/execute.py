@@ -45,7 +45,7 @@ def build(config: schema.Config, sink: Sink, since: int | None = None) -> dict[s
     # A launcher may have sent the job to a machine whose clock is behind.
     planned = partial(plan.make, config, fetch=True, began=now if since is None else min(since, now))
     made = _sound_plan(planned, sink)
-    for notice in made.resolved.notices:
+    for notice in made.resolved.notices if made.every else ():  # else the answer, which comes at once, has them
         sink.message("notice", str(notice))
     with ExitStack() as stack:
         stack.enter_context(made.store.in_use())

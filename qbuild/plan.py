@@ -149,6 +149,11 @@ class Plan:
         """Peaks while the targets are made; measuring them comes after."""
         return _peaks((*self.steps, *self.gguf_pass))
 
+    @property
+    def every(self) -> tuple[Step, ...]:
+        """All that will run, in order; nothing where everything is there."""
+        return (*self.steps, *self.gguf_pass, *self.after)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "model": {"name": self.resolved.name, "source": self.resolved.checkpoint.source},
@@ -157,7 +162,7 @@ class Plan:
             "predicted": asdict(self.footprint) | {"read_bytes": self.read_bytes, "seconds": self.seconds},
             "strategy": asdict(self.strategy),
             "to_compile": list(self.kernels),
-            "steps": [asdict(step) for step in (*self.steps, *self.gguf_pass, *self.after)],
+            "steps": [asdict(step) for step in self.every],
             "notices": [asdict(notice) for notice in self.resolved.notices],
             "targets": {t.name: t.to_json() for t in self.targets},
         }

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from qbuild import candidates, fit, kernels, schema
-from qbuild.actions import choice, damage, file, metadata, tensor
+from qbuild.actions import choice, damage, file, metadata, tensor, tokens
 from qbuild.arch import convert, mix
 from qbuild.arch.convert import ModelFacts, TensorSpec
 from qbuild.arch.shapes import expected_tensors
@@ -167,6 +167,18 @@ def resolve(
     )
 
 
+def _notices(config: schema.Config) -> list[Notice]:
+    """What of a configuration is probably not meant, whatever the model is."""
+    found = []
+    if config.unchosen:  # a name may be another's than was meant
+        fact = f"set, but not chosen: {', '.join(config.unchosen)}"
+        found.append(Notice("targets", fact, f"chosen: {', '.join(config.targets)}"))
+    if calibrates(config) and config.calibration.source == tokens.BUILTIN:
+        fact = "no text is named: the one that comes with qbuild is used"
+        found.append(Notice("calibration.source", fact, "another one: calibration.source=FILE"))
+    return found
+
+
 def _check_names(targets: tuple[FileTarget | CalibratedTarget, ...]) -> None:
     seen: dict[str, str] = {}
     for target in targets:
@@ -199,7 +211,7 @@ class _Builder:
         self.kvs = self._metadata()
         self.calibration = self._calibration()
         self.awaited: str | None = None
-        self.notices: list[Notice] = []
+        self.notices = _notices(config)
 
     def _calibration(self) -> Calibration | None:
         if not calibrates(self.config) and self.config.evaluation.source is None:

@@ -115,7 +115,7 @@ def result(document: Document) -> str:
     lines = [*table(rows), "", *_measured(document), *paths, *_failures(document), ""]
     ran = totals["computed"] or any(totals.get("actions", {}).values())
     if not ran and not any(t["verdicts"].get("run") for t in targets.values()):
-        return _text([*lines, "nothing to do"])
+        return _text([*lines, "nothing to do", *_notices(document)])
     moved = f"read {format_size(totals['read_bytes'])}, wrote {format_size(totals['written_bytes'])}"
     return _text([*lines, f"done in {duration(totals['wall_seconds'])}: {moved}"])
 

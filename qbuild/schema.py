@@ -47,7 +47,6 @@ __all__ = [
     "label",
     "nearest",
     "parse",
-    "says_what_it_makes",
     "sections",
 ]
 
@@ -347,7 +346,8 @@ class GraphConf:
 
 @dataclass(frozen=True)
 class Config:
-    """All of it. ``targets`` is by name, in the order given."""
+    """All of it. ``targets`` is by name, in the order given; ``unchosen``, which is no key, names those that have
+    settings and that nothing chose."""
 
     model: Model = Model()
     targets: dict[str, Target] = field(default_factory=dict)
@@ -363,6 +363,7 @@ class Config:
     keep_going: bool = False
     rebuild: bool = False
     offline: bool = False
+    unchosen: tuple[str, ...] = field(default=(), metadata={"key": False})
 
 
 # Target formats. A new format is a dataclass above and a row here.
@@ -412,17 +413,19 @@ def _made_by(backend: str) -> str:
 
 def parse(data: Mapping[str, Any], known: Collection[str] = ()) -> Config:
     """The configuration a plain mapping holds (what OmegaConf.to_container gives). ``known``: names of targets that can
-    be chosen, which one that is not may stand for."""
+    be chosen. Settings of one that was not make no target; a name that is none of them may stand for one."""
     config = _parse(Config, {k: v for k, v in data.items() if k != "targets"}, "")
     targets = data.get("targets") or {}
     if not isinstance(targets, Mapping):
         raise ConfigError("targets", f"is {_shown(targets)}, not a mapping", "target=gguf/q4_k_m fills it")
     if config.store.limit is not None:
         parse_size(config.store.limit, "store.limit")
-    return dataclasses.replace(config, targets={str(name): _target(str(name), t, known) for name, t in targets.items()})
+    unchosen = sorted(name for name, t in targets.items() if name in known and not _says_what_it_makes(t))
+    chosen = {str(name): _target(str(name), t, known) for name, t in targets.items() if name not in unchosen}
+    return dataclasses.replace(config, targets=chosen, unchosen=tuple(unchosen))
 
 
-def says_what_it_makes(target: Any) -> bool:
+def _says_what_it_makes(target: Any) -> bool:
     """Whether settings are a target's: else they are of one that ``target=…`` has to choose."""
     return not isinstance(target, Mapping) or "ftype" in target or "format" in target
 
@@ -435,7 +438,7 @@ def _target(name: str, data: Any, known: Collection[str]) -> Target:
     if format_ not in FORMATS:
         raise ConfigError(f"{place}.format", f"{format_!r} is not a target format", close(str(format_), FORMATS))
     target = _parse(FORMATS[format_], data, place)
-    if not says_what_it_makes(data):
+    if not _says_what_it_makes(data):
         near = [f"did you mean {' or '.join(found)}?"] if (found := nearest(name, known)) else []
         own = f"a target of your own says what it makes: {place}.ftype=Q4_K_M"
         raise ConfigError(place, "no target has this name", "\n".join([*near, own]))
@@ -463,7 +466,7 @@ def _parse(cls: type[T], data: Any, place: str) -> T:
     values = {}
     for key, value in data.items():
         where = f"{place}.{key}" if place else str(key)
-        if key not in hints:
+        if key not in keys(cls):
             raise ConfigError(where, "there is no such key", close(str(key), keys(cls)))
         if value is None and typing.get_origin(hints[key]) in (dict, tuple):
             continue  # OmegaConf holds an empty mapping as null: one that is there could not be replaced
@@ -474,7 +477,7 @@ def _parse(cls: type[T], data: Any, place: str) -> T:
 
 
 def keys(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
+    return [f.name for f in dataclasses.fields(cls) if f.metadata.get("key", True)]
 
 
 def sections() -> dict[str, type]:

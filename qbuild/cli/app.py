@@ -16,7 +16,7 @@ from qbuild import __version__, fastpath, machine, render
 from qbuild.cli import args as arguments
 from qbuild.cli import compose, multirun, nullbuild
 from qbuild.cli.compose import Composer, Job
-from qbuild.cli.runner import PIPE_CLOSED, Outcome, Runner, failed, left_aside, show
+from qbuild.cli.runner import PIPE_CLOSED, Outcome, Runner, failed, show
 from qbuild.cli.verbs import VERBS
 from qbuild.errors import ConfigError, InputError
 
@@ -75,7 +75,6 @@ def _run(argv: list[str], json_wanted: bool) -> Outcome:
         if "multirun" in args.switches:
             return multirun.run(composer, runner)
         job = composer.job()
-        left_aside(job.unchosen)
         apart = runner.makes and job.config.keep_going and len(job.config.targets) > 1
         outcome = multirun.keep_going(job.config, runner) if apart else runner.run(job.config)
         if args.verb == "build" and not runner.dry_run:

@@ -33,13 +33,11 @@ Task = Callable[[schema.Config], Any]  # runs a job and returns how it went
 @dataclass(frozen=True)
 class Job:
     """One composed configuration and the overrides it came from. ``volatile``: it holds a value taken from outside the
-    configuration (an environment variable, the time), so the same words may mean another build tomorrow. ``unchosen``:
-    names of targets that have settings, and that nothing chose."""
+    configuration (an environment variable, the time), so the same words may mean another build tomorrow."""
 
     config: schema.Config
     overrides: tuple[str, ...]
     volatile: bool
-    unchosen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def packaged() -> tuple[Path, Path]:
 
 
 def _job(config: Any, targets: frozenset[str]) -> Job:
-    """``targets``: names that can be chosen. What a recipe sets of one that was not chosen makes no target."""
+    """``targets``: names that can be chosen."""
     from omegaconf import OmegaConf
 
     words = tuple(config.hydra.overrides.task) if "hydra" in config else ()
@@ -174,11 +172,7 @@ def _job(config: Any, targets: frozenset[str]) -> Job:
     job = OmegaConf.create(plain, parent=config)
     volatile = re.search(r"\$\{[\w.]+:", OmegaConf.to_yaml(job)) is not None
     values = typing.cast(dict[str, Any], OmegaConf.to_container(job, resolve=True))
-    given = values["targets"] if isinstance(values.get("targets"), dict) else {}
-    unchosen = tuple(n for n, one in given.items() if n in targets and not schema.says_what_it_makes(one))
-    for name in unchosen:
-        del given[name]
-    return Job(schema.parse(values, targets), words, volatile, unchosen)
+    return Job(schema.parse(values, targets), words, volatile)
 
 
 def _options(loader: Any, group: str, prefix: str) -> Iterable[str]:
@@ -203,7 +197,7 @@ def _node(cls: type) -> type:
     """A mutable twin of a frozen dataclass with the types OmegaConf knows (it makes frozen ones read-only)."""
     fields: list[Any] = []
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if field.name in schema.keys(cls)):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             node = _node(typing.cast(type, hint))

@@ -13,7 +13,7 @@ from qbuild import execute, render, schema
 from qbuild.budget import Remedy, refuse
 from qbuild.cli import sweep
 from qbuild.cli.compose import Composer, Job
-from qbuild.cli.runner import Outcome, Runner, failed, left_aside, show
+from qbuild.cli.runner import Outcome, Runner, failed, show
 from qbuild.cli.verbs import VERBS
 from qbuild.errors import ConfigError, Interrupted
 
@@ -33,7 +33,6 @@ def run(composer: Composer, runner: Runner) -> Outcome:
         if runner.makes:
             _note([outcome for _, outcome in launched])
         return _launched(launched)
-    left_aside(name for name in jobs[0].unchosen if all(name in job.unchosen for job in jobs))
     builds = sweep.builds([job.config for job in jobs], together=VERBS[runner.verb].merges)
     refused = _refused(builds, runner) if runner.makes and len(builds) > 1 else None
     if refused is not None:

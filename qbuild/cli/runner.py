@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from qbuild import progress, render, schema
 from qbuild.cli.verbs import VERBS, Request
 from qbuild.errors import Interrupted, QbuildError
 
-__all__ = ["PIPE_CLOSED", "Outcome", "Runner", "failed", "left_aside", "show"]
+__all__ = ["PIPE_CLOSED", "Outcome", "Runner", "failed", "show"]
 
 PIPE_CLOSED = 141  # what a shell reports of a program that a closed pipe ended
 
@@ -55,12 +55,6 @@ class Runner:
             return self.run(config)
         except (Exception, KeyboardInterrupt) as error:
             return failed(error)
-
-
-def left_aside(names: Iterable[str]) -> None:
-    """Say which targets have settings and are not chosen: a name may be another's than was meant."""
-    if found := ", ".join(names):
-        progress.sink(sys.stderr, quiet=True).message("notice", f"set in targets, but not chosen: {found}")
 
 
 def show(outcome: Outcome, json_wanted: bool) -> int:

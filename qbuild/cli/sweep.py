@@ -43,6 +43,8 @@ def builds(configs: Sequence[Config], *, together: bool) -> list[Build]:
 
     Raises ConfigError where jobs of different models would write to one folder.
     """
+    unchosen = set.intersection(*(set(config.unchosen) for config in configs))
+    configs = [dataclasses.replace(config, unchosen=tuple(sorted(unchosen))) for config in configs]
     if not together:
         return [_build([(number, config)], {}) for number, config in enumerate(configs)]
     rivals = _rivals(configs)

@@ -23,8 +23,8 @@ def run(task: Task, store: Store, emit: Emit) -> Digest:
     if (highest := int(packed.ids.max())) >= task.rows:
         fact = f"its tokenizer gives the token {highest}, its embedding has {task.rows} rows"
         raise InputError(task.model, fact, "take the tokenizer that belongs to these weights")
-    builtin = f"the text that comes with qbuild ({task.use}.source names another)"
-    said = f"{task.use} on {task.source if task.texts else builtin}: {packed.notice}"
+    source = task.source if task.texts else "the text that comes with qbuild"
+    said = f"{task.use} on {source}: {packed.notice}"
     emit({"event": "message", "level": "info", "text": said})
     return store.put_bytes(packed.to_bytes())
 

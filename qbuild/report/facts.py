@@ -37,7 +37,7 @@ def report(built: Document) -> dict[str, Any]:
             "front": {metric: name in front for metric, front in fronts.items()} if name in measured else None,
             "errors": errors(measured[name].get("weights", {})) if name in measured else None,
         }
-    return {"evaluation": None} | dict(built) | {"targets": targets}
+    return {"evaluation": None, "notices": []} | dict(built) | {"targets": targets}
 
 
 def source_perplexity(measured: Mapping[str, Document]) -> float | None:

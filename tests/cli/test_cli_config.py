@@ -69,7 +69,7 @@ def test_what_a_recipe_sets_of_a_target_that_is_not_chosen_makes_no_target(proje
     write(project / "recipes" / "own.yaml", "targets:\n  q6_k: {output_type: Q8_0}\n  small: {ftype: Q4_0}\n")
     own = composed("+recipe=own", "target=awq/w4_g64")
     assert list(own.config.targets) == ["awq_w4_g64", "small"]
-    assert own.unchosen == ("q6_k",)
+    assert own.config.unchosen == ("q6_k",)
 
 
 def test_what_is_set_and_does_nothing_is_told_and_stops_nothing(project: Path, qbuild: Run) -> None:
@@ -77,8 +77,8 @@ def test_what_is_set_and_does_nothing_is_told_and_stops_nothing(project: Path, q
     text = f"targets:\n  q4_k_m: {{tensor_types: {types}}}\n  q5_k_m: {{pure: true}}\n  q6_k: {{pure: true}}\n"
     write(project / "recipes" / "own.yaml", f"defaults:\n  - override /model: tinyllama1b\n{text}")
     planned = qbuild("plan", "-m", "+recipe=own", "target=gguf/q4_k_m,gguf/q5_k_m", "format=json")
-    assert planned.err == "notice: set in targets, but not chosen: q6_k\n"
-    first, second, norms = planned.document["builds"][0]["notices"]
+    aside, first, second, norms = planned.document["builds"][0]["notices"]
+    assert aside == {"place": "targets", "fact": "set, but not chosen: q6_k", "remedy": "chosen: q4_k_m, q5_k_m"}
     assert first["place"] == "targets.q4_k_m.tensor_types.ffn_dwn"
     assert first["remedy"] == "did you mean ffn_down or ffn_up?"
     assert (second["place"], second["remedy"][:8]) == ("targets.q4_k_m.tensor_types.zz", "tensors:")
@@ -90,11 +90,29 @@ def test_what_is_set_and_does_nothing_is_told_and_stops_nothing(project: Path, q
     floats = qbuild("plan", "model=tinyllama1b", "target=gguf/f16", types, "format=json")
     assert [notice["remedy"] for notice in floats.document["notices"]] == ["tensors: none"]
     told = qbuild("plan", "+recipe=own", "target=gguf/q4_k_m")
-    assert told.err == "notice: set in targets, but not chosen: q5_k_m, q6_k\n"
+    assert told.err == ""
     assert (
-        "\n\nnotice: targets.q4_k_m.tensor_types.ffn_dwn: no tensor that is quantized has such a name\n  did you mean"
+        "\n\nnotice: targets: set, but not chosen: q5_k_m, q6_k\n  chosen: q4_k_m\n"
+        "notice: targets.q4_k_m.tensor_types.ffn_dwn: no tensor that is quantized has such a name\n  did you mean"
         in told.out
     )
+
+
+def test_calibration_without_a_text_of_ones_own_is_told(project: Path, qbuild: Run, text: Path) -> None:
+    words = "plan", "model=tinyllama1b", "format=json"
+    (notice,) = qbuild(*words, "target=imatrix").document["notices"]
+    assert (notice["place"], notice["remedy"]) == ("calibration.source", "another one: calibration.source=FILE")
+    assert (
+        qbuild(*words, "target=imatrix", "calibration.length=64", f"calibration.source={text}").document["notices"]
+        == []
+    )
+    assert qbuild(*words, "target=gguf/q4_k_m").document["notices"] == []
+
+
+def test_what_the_parser_finds_is_no_key(project: Path, qbuild: Run) -> None:
+    done = qbuild("plan", "model=tinyllama1b", "target=gguf/q8_0", "+unchosen=[q4_k_m]", "format=json")
+    assert done.error["fact"] == "there is no such key"
+    assert "unchosen" not in qbuild("--cfg", "job").out
 
 
 def test_tensor_types_keep_their_order_and_may_hold_dots(project: Path) -> None:

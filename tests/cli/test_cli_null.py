@@ -170,9 +170,17 @@ def test_it_is_answered_before_anything_heavy_is_imported(recorded: Path, record
     assert modules.isdisjoint({"hydra", "omegaconf", "numpy", "numba", "torch", "transformers", "rich", "yaml"})
 
 
-def run(folder: Path, *argv: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "qbuild", "model.source=model", "target=gguf/q8_0", "format=json", *argv]
-    return json.loads(subprocess.run(command, capture_output=True, check=True, cwd=folder).stdout)
+def run(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "qbuild",
+        "model.source=model",
+        "target=gguf/q8_0",
+        "+targets.q4_0.pure=true",
+        *argv,
+    ]
+    return subprocess.run(command, capture_output=True, check=True, cwd=folder, text=True)
 
 
 def test_the_answer_of_a_record_is_that_of_a_real_null_build(project: Path, tmp_path: Path) -> None:
@@ -181,18 +189,24 @@ def test_the_answer_of_a_record_is_that_of_a_real_null_build(project: Path, tmp_
     settled = time.time() - 60
     for path in [*(project / "model").iterdir(), project / "model"]:
         os.utime(path, (settled, settled))
-    first = run(project)
+    begun = run(project, "format=json")
+    first = json.loads(begun.stdout)
     if not (records := list((tmp_path / "cache" / "qbuild" / "null").glob("*.json"))):
         time.sleep(2.5)  # the change times of the copies had not settled: the second build is recorded
-        run(project)
+        run(project, "format=json")
         records = list((tmp_path / "cache" / "qbuild" / "null").glob("*.json"))
     assert len(records) == 1
-    answered = run(project)
+    answered = json.loads(run(project, "format=json").stdout)
     records[0].unlink()
-    long_way = run(project)
+    long_way = json.loads(run(project, "format=json").stdout)
     for document in (first, answered, long_way):
         document["totals"].pop("wall_seconds")
     assert answered == long_way == nullbuild.as_null(first)
+    told = "notice: targets: set, but not chosen: q4_0\n  chosen: q8_0\n"
+    assert begun.stderr.startswith(told)  # before it begins; where nothing has to, in the answer
+    null = run(project)
+    assert null.stdout.endswith(f"nothing to do\n\n{told}")
+    assert null.stderr == ""
 
 
 def test_an_input_below_a_file_counts_as_missing(project: Path) -> None:

@@ -83,7 +83,8 @@ def result(**verdicts: int) -> dict[str, Any]:
     made |= {"seconds": 12.3, "peak_ram": 300 << 20, "predicted_ram": 320 << 20}
     ran = verdicts.get("run", 0)
     totals = {"computed": ran, "reused": 0, "read_bytes": 92 << 20, "written_bytes": 99 << 20, "wall_seconds": 14.2}
-    return {"targets": {"q4_k_m": made}, "totals": totals}
+    notice = {"place": "targets", "fact": "set, but not chosen: q6_k", "remedy": "chosen: q4_k_m"}
+    return {"targets": {"q4_k_m": made}, "totals": totals, "notices": [notice]}
 
 
 def test_a_result_shows_predicted_beside_measured_memory() -> None:
@@ -93,9 +94,9 @@ def test_a_result_shows_predicted_beside_measured_memory() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_null_build_says_that_there_was_nothing_to_do() -> None:
+def test_a_null_build_says_that_there_was_nothing_to_do_and_what_is_probably_not_meant() -> None:
     text = render.result(result(hit=272))
-    assert text.endswith("nothing to do\n")
+    assert text.endswith("nothing to do\n\nnotice: targets: set, but not chosen: q6_k\n  chosen: q4_k_m\n")
     assert text.splitlines()[1].split()[-3:] == ["-", "-", "-"]
 
 
