@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
+from qbuild import machine, worker
 from qbuild.actions import directory, evaluation
 from qbuild.calibrated import CalibratedTarget
 from qbuild.errors import StoreError
+from qbuild.lower import PARENT_RAM
 from qbuild.plan import Plan
 from qbuild.recipe import FileTarget
-from qbuild.running import Jobs
+from qbuild.running import IDLE, Jobs
+from qbuild.steps import Step
 from qbuild.store import Store
 
 __all__ = ["counts", "measure"]
@@ -51,15 +55,24 @@ def measure(made: Plan, jobs: Jobs) -> dict[str, Any] | None:
         step = next(step for step in made.after if step.kind == evaluation.RESULT)
         count = len(targets) + 1
         with jobs.progress(f"{made.resolved.name}: evaluation", count, count, "models"):
-            found = jobs.run(evaluation.RESULT, step.label, task, step.ram, step.vram).value
+            done = jobs.run(evaluation.RESULT, step.label, task, step.ram, step.vram)
+        found, needed = done.value, _needed(done, step)
     else:
-        found = {}
+        found, needed = {}, IDLE
     digests = {n: found.get(n) or made.verdicts[a].outputs[0] for n, a in asked.results.items()}
     conf = made.resolved.config.evaluation
     results = {name: _read(made.store, digest) for name, digest in digests.items()}
     text = {key: getattr(conf, key) for key in ("source", "samples", "length", "dtype")}
     tokens = made.verdicts[asked.tokens]
-    return text | {"digest": str((tokens.outputs or tokens.gone)[0]), "targets": results}
+    counts = {"run": len(todo), "hit": len(results) - len(todo)}
+    made_of = {"digest": str((tokens.outputs or tokens.gone)[0]), "verdicts": {k: v for k, v in counts.items() if v}}
+    return text | made_of | needed | {"targets": results}
+
+
+def _needed(done: worker.Done, step: Step) -> dict[str, Any]:
+    """What the evaluation took and was predicted to take, this process counted."""
+    rams = {"peak_ram": done.peak + machine.process_rss(os.getpid()), "predicted_ram": step.ram + PARENT_RAM}
+    return rams | {"seconds": round(done.seconds, 3), "peak_vram": done.vram, "predicted_vram": step.vram}
 
 
 def _key(made: Plan, action: str) -> str:

@@ -104,13 +104,10 @@ def result(document: Document) -> str:
     targets, totals = document["targets"], document["totals"]
     rows = [["target", "size", "bits", "computed", "reused", "seconds", "RAM peak", "predicted"]]
     for name, target in targets.items():
-        counts = target["verdicts"]
-        ran = counts.get("run", 0) > 0
-        ram = [format_size(target[key]) if ran else "-" for key in ("peak_ram", "predicted_ram")]
-        seconds = f"{target['seconds']:.1f}" if ran else "-"
-        tally = [str(counts.get("run", 0)), str(counts.get("hit", 0))]
-        bits = f"{target['bits_per_weight']:.2f}"
-        rows.append([name, format_size(target["bytes"]), bits, *tally, seconds, *ram])
+        rows.append([name, format_size(target["bytes"]), f"{target['bits_per_weight']:.2f}", *_needed(target)])
+    evaluation = document["evaluation"] or {}
+    if evaluation.get("verdicts", {}).get("run"):  # an older qbuild noted none
+        rows.append(["evaluation", "-", "-", *_needed(evaluation)])
     paths = [_short(target["path"]) for target in targets.values()]
     lines = [*table(rows), "", *_measured(document), *paths, *_failures(document), ""]
     ran = totals["computed"] or any(totals.get("actions", {}).values())
@@ -118,6 +115,15 @@ def result(document: Document) -> str:
         return _text([*lines, "nothing to do", *_notices(document)])
     moved = f"read {format_size(totals['read_bytes'])}, wrote {format_size(totals['written_bytes'])}"
     return _text([*lines, f"done in {duration(totals['wall_seconds'])}: {moved}"])
+
+
+def _needed(made: Document) -> list[str]:
+    """How much of something was computed and reused, and the seconds and memory that it took where it ran."""
+    counts = made["verdicts"]
+    tally = [str(counts.get("run", 0)), str(counts.get("hit", 0))]
+    if not counts.get("run"):
+        return [*tally, "-", "-", "-"]
+    return [*tally, f"{made['seconds']:.1f}", format_size(made["peak_ram"]), format_size(made["predicted_ram"])]
 
 
 def _failures(document: Document) -> list[str]:

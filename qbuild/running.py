@@ -14,8 +14,9 @@ from qbuild.lower import PARENT_RAM
 from qbuild.plan import Plan
 from qbuild.progress import Sink, Status
 
-__all__ = ["Jobs"]
+__all__ = ["IDLE", "Jobs"]
 
+IDLE = {"seconds": 0.0, "peak_ram": 0, "predicted_ram": 0, "peak_vram": 0, "predicted_vram": 0}  # of what did not run
 SETTLED = 20.0  # seconds, after which a hundredth of the work tells how long it takes; before, a tenth
 
 

@@ -12,6 +12,7 @@ from qbuild import fastpath, schema
 from qbuild.actions.tokens import BUILTIN
 from qbuild.checkpoint import AUX, TEMPLATES
 from qbuild.recipe import AUTO, calibrates
+from qbuild.running import IDLE
 
 __all__ = ["as_null", "inputs", "outputs"]
 
@@ -59,12 +60,11 @@ def outputs(document: Mapping[str, Any]) -> list[str]:
 
 def as_null(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document that the next build would make if nothing changes: all of it was there."""
-    idle = {"seconds": 0.0, "peak_ram": 0, "predicted_ram": 0, "peak_vram": 0, "predicted_vram": 0}
-    targets = {
-        name: target | idle | {"verdicts": {"hit": sum(target["verdicts"].values())}}
-        for name, target in document["targets"].items()
-    }
+    targets = {name: _idle(target) for name, target in document["targets"].items()}
+    evaluation = document["evaluation"] and _idle(document["evaluation"])
     totals = {key: {} if isinstance(value, dict) else type(value)() for key, value in document["totals"].items()}
-    return {**document, "targets": targets, "totals": totals} | (
-        {"jobs": type(document["jobs"])()} if "jobs" in document else {}
-    )
+    return {**document, "targets": targets, "evaluation": evaluation, "totals": totals, "jobs": {}}
+
+
+def _idle(made: dict[str, Any]) -> dict[str, Any]:
+    return made | IDLE | {"verdicts": {"hit": sum(made["verdicts"].values())}}

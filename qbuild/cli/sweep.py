@@ -163,10 +163,19 @@ def joined(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         targets |= document["targets"]
         measured |= (document["evaluation"] or {}).get("targets", {})
         jobs |= {f"{number}: {name}" if name in jobs else name: job for name, job in document["jobs"].items()}
-    evaluation = next((d["evaluation"] for d in documents if d["evaluation"]), None)
+    evaluation = _evaluation([document["evaluation"] for document in documents if document["evaluation"]])
     notices = [notice for document in documents for notice in document["notices"]]
     found = {"targets": targets, "notices": notices, "jobs": jobs, "totals": _added([d["totals"] for d in documents])}
     return dict(documents[-1]) | found | {"evaluation": evaluation and {**evaluation, "targets": measured}}
+
+
+def _evaluation(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What builds took to measure their targets: memory at its largest, all else added."""
+    if not parts:
+        return None
+    memory = ("peak_ram", "predicted_ram", "peak_vram", "predicted_vram")
+    added = _added([{key: part[key] for key in ("verdicts", "seconds")} for part in parts])
+    return {**parts[0], **added, **{key: max(part[key] for part in parts) for key in memory}}
 
 
 def total(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

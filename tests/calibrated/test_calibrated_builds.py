@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qbuild import staged
+from qbuild.running import IDLE
 from qbuild.store import Store
 
 ONCE = {"calibration.tokens": 1, "calibration.statistics": 3}
@@ -166,7 +167,8 @@ def test_a_file_in_shards_is_as_far_from_its_source_as_the_whole_file_and_stays_
     words.append("keep_going=true")  # another command line: not the null build
     again = build("target=gguf/q8_0", "targets.q8_0.max_shard_size=1MB", *words)
     assert actions(again) == {}
-    assert again["evaluation"] == cut["evaluation"]
+    idle = IDLE | {"verdicts": {"hit": 1}}
+    assert again["evaluation"] == cut["evaluation"] | idle
 
 
 def test_shards_that_a_build_no_longer_has_go(build: Build) -> None:
@@ -258,6 +260,9 @@ def test_targets_are_measured_against_their_source_once(build: Build, project: P
         "evaluation.states": 1, "evaluation.result": 4,
     }  # fmt: skip
     found = made["evaluation"]["targets"]
+    assert made["evaluation"]["verdicts"] == {"run": 4}
+    for key in ("peak_ram", "predicted_ram"):  # of its worker, and of this process beside it
+        assert 100 << 20 < made["jobs"]["evaluation of 4 targets"][key] < made["evaluation"][key]
     # llama-perplexity -m tiny-llama-F32.gguf -f license.txt -c 128 --chunks 8 -ctk f32 -ctv f32 -fa off
     assert found["f32"]["perplexity_llama"] == pytest.approx(44.6888, rel=1e-4)
     assert {result["source_perplexity_llama"] for result in found.values()} == {found["f32"]["perplexity_llama"]}

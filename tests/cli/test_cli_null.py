@@ -144,12 +144,16 @@ def test_the_texts_of_a_folder_are_watched_one_by_one(project: Path) -> None:
 def test_the_recorded_document_says_that_nothing_ran() -> None:
     needs = {"peak_ram": 7, "predicted_ram": 8, "peak_vram": 5, "predicted_vram": 6}
     target = {"verdicts": {"run": 20, "hit": 9}, "seconds": 3.0, "digest": "d/1"} | needs
-    document = {"targets": {"a": target}, "totals": {"computed": 20, "seconds": {"read": 1.0}}, "jobs": [1]}
+    measured = {"a": {"kl": 0.5}}
+    evaluation = needs | {"verdicts": {"run": 1}, "seconds": 2.0, "targets": measured}
+    document = {"targets": {"a": target}, "evaluation": evaluation, "jobs": {"gguf pass": needs}}
+    document |= {"totals": {"computed": 20, "seconds": {"read": 1.0}}}
     null = nullbuild.as_null(document)
-    idle = {"verdicts": {"hit": 29}, "seconds": 0.0} | dict.fromkeys(needs, 0)
-    assert null["targets"]["a"] == target | idle
+    idle = {"seconds": 0.0} | dict.fromkeys(needs, 0)
+    assert null["targets"]["a"] == target | idle | {"verdicts": {"hit": 29}}
+    assert null["evaluation"] == idle | {"verdicts": {"hit": 1}, "targets": measured}
     assert null["totals"] == {"computed": 0, "seconds": {}}
-    assert null["jobs"] == []
+    assert null["jobs"] == {}
 
 
 def test_it_is_answered_before_anything_heavy_is_imported(recorded: Path, record_property: Any) -> None:

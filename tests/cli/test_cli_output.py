@@ -84,7 +84,7 @@ def result(**verdicts: int) -> dict[str, Any]:
     ran = verdicts.get("run", 0)
     totals = {"computed": ran, "reused": 0, "read_bytes": 92 << 20, "written_bytes": 99 << 20, "wall_seconds": 14.2}
     notice = {"place": "targets", "fact": "set, but not chosen: q6_k", "remedy": "chosen: q4_k_m"}
-    return {"targets": {"q4_k_m": made}, "totals": totals, "notices": [notice]}
+    return {"targets": {"q4_k_m": made}, "totals": totals, "notices": [notice], "evaluation": None}
 
 
 def test_a_result_shows_predicted_beside_measured_memory() -> None:
@@ -92,6 +92,16 @@ def test_a_result_shows_predicted_beside_measured_memory() -> None:
     assert re.fullmatch(r"q4_k_m +100.0 MiB +6.27 +260 +12 +12.3 +300.0 MiB +320.0 MiB", text.splitlines()[1])
     assert text.endswith("done in 14 s: read 92.0 MiB, wrote 99.0 MiB\n")
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_memory_of_an_evaluation_is_told_beside_that_of_the_files() -> None:
+    measured = {"perplexity": 8.5, "kl": 0.25, "top1": 0.75}
+    needed = {"seconds": 25.0, "peak_ram": 585 << 20, "predicted_ram": 600 << 20}
+    evaluation = needed | {"verdicts": {"run": 1, "hit": 1}, "targets": {"q4_k_m": measured}}
+    text = render.result(result(run=260, hit=12) | {"evaluation": evaluation})
+    assert re.fullmatch(r"evaluation +- +- +1 +1 +25.0 +585.0 MiB +600.0 MiB", text.splitlines()[2])
+    null = render.result(result(hit=272) | {"evaluation": evaluation | {"verdicts": {"hit": 2}}})
+    assert "evaluation" not in null
 
 
 def test_a_null_build_says_that_there_was_nothing_to_do_and_what_is_probably_not_meant() -> None:

@@ -38,9 +38,10 @@ def built(config: schema.Config) -> dict[str, Any]:
     }
     totals = {"computed": 3, "reused": 0, "read_bytes": 10, "written_bytes": 10, "seconds": {}, "wall_seconds": 0.5}
     model = {"name": "m", "source": "x", "revision": None, "files": {}, "inputs": "d/2"}
-    evaluation = (
-        None if config.evaluation.source is None else {"source": "t", "targets": dict.fromkeys(targets, MEASURED)}
-    )
+    needed = {"seconds": 1.5, "peak_ram": 7 << 20, "predicted_ram": 8 << 20, "peak_vram": 0, "predicted_vram": 0}
+    needed |= {"verdicts": {"run": len(targets)}}
+    measured = {"source": "t", "targets": dict.fromkeys(targets, MEASURED)} | needed
+    evaluation = None if config.evaluation.source is None else measured
     jobs = {"gguf pass": {"predicted_ram": 9 << 20, "peak_ram": 9 << 20, "seconds": 0.5}}
     beside = {"evaluation": evaluation, "notices": [], "totals": totals, "jobs": jobs, "versions": {"qbuild": "0"}}
     return {"model": model, "targets": targets, **beside}
@@ -198,6 +199,8 @@ def test_builds_of_a_sweep_in_one_folder_leave_one_record(qbuild: Run, engine: E
     names = ["awq_w4_g64-samples-8", "awq_w4_g64-samples-16"]
     assert list(record["targets"]) == list(record["evaluation"]["targets"]) == names
     assert record["totals"]["computed"] == 6
+    told = {key: record["evaluation"][key] for key in ("verdicts", "seconds", "peak_ram")}
+    assert told == {"verdicts": {"run": 2}, "seconds": 3.0, "peak_ram": 7 << 20}
     assert list(record["jobs"]) == ["gguf pass", "2: gguf pass"]
 
 
