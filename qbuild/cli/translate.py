@@ -102,9 +102,10 @@ def _unknown(key: str, place: str, overrides: list[str], names: Names) -> Config
     elif head == "targets":
         return _setting(rest, place, _chosen(overrides), names)
     elif head in _settings() and head not in schema.keys(schema.Config):
-        value = place.partition("=")[2] or "…"
-        targets = _chosen(overrides) or ["NAME"]
-        remedy = f"it is a setting of a target: {' or '.join(f'targets.{name}.{key}={value}' for name in targets)}"
+        value, owners = place.partition("=")[2] or "…", _owners(head)
+        takers = [name for name in _chosen(overrides) if _takes(name, head, names)] or ["NAME"]
+        settings = " or ".join(f"targets.{name}.{key}={value}" for name in takers)
+        remedy = f"it is a setting of {' and '.join(owners)} targets: {settings}"
     elif rest and head in sections:
         remedy = schema.close(rest, schema.keys(sections[head]))
     else:
@@ -116,9 +117,10 @@ def _setting(rest: str, place: str, chosen: list[str], names: Names) -> ConfigEr
     """``targets.<rest>``, where there is no such target, or its targets have no such setting."""
     name, dot, wrong = rest.partition(".")
     if chosen and name not in chosen:
-        meant = [one for one in chosen if one.endswith(f"_{name}")] or schema.nearest(name, chosen) or chosen
+        takers = [one for one in chosen if _takes(one, wrong.partition(".")[0], names)]
+        meant = [one for one in takers if one.endswith(f"_{name}")] or schema.nearest(name, takers) or takers
         remedy = f"did you mean {' or '.join(f'targets.{one}{dot}{wrong}' for one in meant)}?"
-        return ConfigError(place, f"no target is called {name!r}", remedy)
+        return ConfigError(place, f"no target is called {name!r}", remedy if meant else f"chosen: {', '.join(chosen)}")
     format_, in_file = _format(name, names), not place.startswith("targets.")
     if format_ is not None and (chosen or in_file):
         return _no_setting(format_, wrong, place, names)
@@ -138,9 +140,20 @@ def _format(name: str, names: Names) -> str | None:
     return format_ if format_ in schema.FORMATS else None
 
 
+def _owners(key: str) -> list[str]:
+    """The formats whose targets have a setting."""
+    return [format_ for format_, cls in schema.FORMATS.items() if key in schema.keys(cls)]
+
+
+def _takes(name: str, key: str, names: Names) -> bool:
+    """Whether a setting may be meant for a target: not one that targets of other formats have."""
+    format_, owners = _format(name, names), _owners(key)
+    return format_ is None or not owners or format_ in owners
+
+
 def _no_setting(format_: str, key: str, place: str, names: Names) -> ConfigError:
     """A setting that targets of a format do not have, and others may."""
-    owners = [other for other, cls in schema.FORMATS.items() if key in schema.keys(cls)]
+    owners = _owners(key)
     if not owners:
         return ConfigError(place, "there is no such key", schema.close(key, schema.keys(schema.FORMATS[format_])))
     fact = f"a setting of {' and '.join(owners)} targets, not of {format_}"

@@ -218,8 +218,10 @@ def test_a_mistake_in_a_file_is_an_error_with_a_way_out(project: Path, qbuild: R
             "did you mean group_size?\nchoices: format, suffix, group_",
         ),
         ("target=gguf/q4_k_m targets.q4_km=3", "did you mean targets.q4_k_m?"),
-        ("target=gguf/q8_0 max_shard_size=5GB", "it is a setting of a target: targets.q8_0.max_shard_size=5GB"),
-        ("pure=true", "it is a setting of a target: targets.NAME.pure=true"),
+        ("target=[imatrix,gguf/q8_0] max_shard_size=5GB", "ct targets: targets.q8_0.max_shard_size=5GB"),
+        ("target=awq/w4_g64 pure=true", "it is a setting of gguf targets: targets.NAME.pure=true"),
+        ("target=awq/w4_g64 targets.q4_k_m.pure=true", "chosen: awq_w4_g64"),
+        ("target=[awq/w4_g64,gguf/q4_k_m] targets.w4_g64.pure=true", "did you mean targets.q4_k_m.pure?"),
         ("model.trust_remote_code=true", "docs/families.md"),
     ],
 )
