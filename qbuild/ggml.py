@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["BY_ID", "FILE_TYPES", "QTYPES", "FileType", "QType", "nearest_file_type"]
+__all__ = ["BY_ID", "ENCODED", "FILE_TYPES", "QTYPES", "FileType", "QType", "nearest_file_type"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ QTYPES: dict[str, QType] = {
         ("Q2_0", 42, 64, 18),
     )
 }
+# What a tensor can be made into; the others are read, and written as they are.
+ENCODED = tuple(name for name in QTYPES if name not in ("I8", "I16", "I32", "I64", "F64"))
 BY_ID: dict[int, QType] = {q.id: q for q in QTYPES.values()}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qbuild import candidates, fit, kernels, schema
+from qbuild import candidates, fit, schema
 from qbuild.actions import choice, damage, file, metadata, tensor, tokens
 from qbuild.arch import convert, mix
 from qbuild.arch.convert import ModelFacts, TensorSpec
@@ -453,8 +453,6 @@ class _Builder:
         if QTYPES[dtype].quantized and type_ != dtype and not self.config.model.allow_requantize:
             fact = f"{spec.name} is {dtype} already; making {type_} of it loses quality twice"
             raise InputError(place, fact, "use an F16/BF16/F32 source, or model.allow_requantize=true")
-        if type_ not in (dtype, "F32", "F16", "BF16") and type_ not in kernels.MODULES:
-            raise ConfigError(place, f"{spec.name}: no quantizer for {type_} is built in", "choose another type")
         params = tensor.Params(type_, spec.stored, dtype, cols, spec.transform)
         weights = self._slice(spec, type_, target, place, matrix)
         if weights is None:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from qbuild.backends.environment import BACKENDS
 from qbuild.budget import parse_size
 from qbuild.errors import ConfigError
-from qbuild.ggml import FILE_TYPES, QTYPES
+from qbuild.ggml import ENCODED, FILE_TYPES
 
 __all__ = [
     "CALIBRATED",
@@ -148,8 +148,8 @@ def _tensor_types(value: Any, place: str) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(where, f"is not a regular expression: {error}", "e.g. attn_v: Q8_0") from None
-        if type_ not in QTYPES:
-            raise ConfigError(where, f"{type_!r} is not a tensor type", close(str(type_), QTYPES))
+        if type_ not in ENCODED:
+            raise ConfigError(where, f"{type_!r} is not a type of weights", close(str(type_), ENCODED))
 
 
 FLOAT32 = 3.4028235677973366e38  # numbers from here on are infinite there
@@ -157,8 +157,8 @@ FLOAT32 = 3.4028235677973366e38  # numbers from here on are infinite there
 
 def _fitting(value: Any, place: str) -> None:
     for type_ in value:
-        if type_ not in QTYPES:
-            raise ConfigError(place, f"{type_!r} is not a tensor type", close(str(type_), QTYPES))
+        if type_ not in ENCODED:
+            raise ConfigError(place, f"{type_!r} is not a type of weights", close(str(type_), ENCODED))
 
 
 def _bits(value: Any, place: str) -> None:
@@ -180,7 +180,7 @@ def _trust(value: Any, place: str) -> None:
 
 
 SIZE, COUNT = {"check": _size}, {"check": _count}
-TENSOR_TYPE = one_of(*QTYPES, what="a tensor type")
+TENSOR_TYPE = one_of(*ENCODED, what="a type of weights")
 NATIVE = "native"  # quantized by qbuild itself
 BACKEND = one_of(NATIVE, *BACKENDS, what="a backend")
 

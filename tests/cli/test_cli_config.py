@@ -222,6 +222,8 @@ def test_a_mistake_in_a_file_is_an_error_with_a_way_out(project: Path, qbuild: R
         ("target=awq/w4_g64 pure=true", "it is a setting of gguf targets: targets.NAME.pure=true"),
         ("target=awq/w4_g64 targets.q4_k_m.pure=true", "chosen: awq_w4_g64"),
         ("target=[awq/w4_g64,gguf/q4_k_m] targets.w4_g64.pure=true", "did you mean targets.q4_k_m.pure?"),
+        ("target=gguf/q4_k_m targets.q4_k_m.output_type=I8", "IQ2_S, IQ4_XS, IQ1_M, BF16"),
+        ("target=gguf/q4_k_m targets.q4_k_m.tensor_types={ffn_down:F64}", "IQ2_S, IQ4_XS, IQ1_M, BF16"),
         ("model.trust_remote_code=true", "docs/families.md"),
     ],
 )

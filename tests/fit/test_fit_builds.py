@@ -136,7 +136,7 @@ def test_everything_again_measures_again_and_a_changed_tensor_too(build: Build, 
 REFUSED = {
     "neither": ((), 2, "neither max_size nor max_bpw"),
     "both": (("targets.fit.max_size=2MB", "targets.fit.max_bpw=4"), 2, "both max_size and max_bpw"),
-    "type": (("targets.fit.max_bpw=4", "targets.fit.types=[Q4_K,Q7_K]"), 2, "'Q7_K' is not a tensor type"),
+    "type": (("targets.fit.max_bpw=4", "targets.fit.types=[Q4_K,Q7_K]"), 2, "'Q7_K' is not a type of weights"),
     "bare": (("targets.fit.max_bpw=4", "targets.fit.types=[IQ2_XS]"), 2, "IQ2_XS needs an importance matrix"),
     "size": (("targets.fit.max_size=much",), 2, "'much' is not a size"),
     "bits": (("targets.fit.max_bpw=0",), 2, "not a number of bits"),

@@ -14,6 +14,7 @@ import pytest
 
 import qbuild
 from qbuild import kernels
+from qbuild.ggml import ENCODED
 
 WARM = """
 import sys
@@ -115,6 +116,10 @@ def test_8_bit_scales_hold_what_float16_cannot():
     x[1] = 2.0**-126
     assert kernels.invalid_blocks(kernels.quantize(x, "MXFP4"), "MXFP4") == 8
     assert kernels.invalid_blocks(kernels.quantize(x, "NVFP4"), "NVFP4") is None
+
+
+def test_the_types_that_are_offered_are_those_that_can_be_made():
+    assert set(ENCODED) == {"F32", "F16", "BF16", *kernels.MODULES}
 
 
 def test_unusable_arguments_are_refused():
