@@ -22,6 +22,7 @@ __all__ = [
     "disk_free",
     "fsync_dir",
     "hash_range",
+    "may_write",
     "read_exact",
     "reserve",
     "stat_of",
@@ -49,6 +50,13 @@ def disk_free(path: Path) -> int:
         path = path.parent
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
+
+
+def may_write(path: Path) -> bool:
+    """Whether a folder, or the nearest one above that exists, lets us write."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path.is_dir() and os.access(path, os.W_OK)
 
 
 def disk_error(error: OSError, place: Path, needed: int = 0) -> StoreError:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qbuild.errors import StoreError
-from qbuild.fsutil import FileLock, disk_error
+from qbuild.fsutil import FileLock, disk_error, may_write
 
 __all__ = ["SCHEMA_VERSION", "Index"]
 
@@ -83,7 +83,7 @@ class Index:
 
     def __init__(self, root: Path) -> None:
         self.root, self.path = root, root / "index.sqlite"
-        self.writable = _may_write(root)
+        self.writable = may_write(root)
         self._ready = False
         self._pid = os.getpid()
         self._free: list[sqlite3.Connection] = []
@@ -292,11 +292,3 @@ def _has_entries(folder: Path) -> bool:
             return next(entries, None) is not None
     except OSError:
         return False
-
-
-def _may_write(root: Path) -> bool:
-    """Whether the store's folder, or the nearest one above that exists, lets us write."""
-    folder = root
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK)

@@ -42,7 +42,8 @@ from qbuild.cache import ActionCache, ActionResult
 from qbuild.calibrated import CalibratedTarget
 from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest, digest_bytes
-from qbuild.errors import BudgetRefused, InputError
+from qbuild.errors import BudgetRefused, ConfigError, InputError
+from qbuild.fsutil import may_write
 from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Input, Source
@@ -416,6 +417,8 @@ def make(config: schema.Config, *, fetch: bool, began: int = NEVER) -> Plan:
     strategy, passing = _gguf_pass(config, judge, todo, budget, gpu)
     ahead, after = steps(resolved, judge, budget), evaluations(resolved, judge, budget)
     every = (*ahead, *passing, *after)
+    if every:
+        _check_places(config, store.root, out)
     copied = sum(t.bytes for t in targets if t.verdict.state != "hit") if config.store.link == "copy" else 0
     disk = copied + sum(s.disk for s in every) + max((s.temporary for s in every), default=0)
     _check_disk(disk, budget, targets, files, copied)
@@ -533,6 +536,17 @@ def resolve_budget(config: schema.Config, store: Path, out: Path, gpu: machine.G
     ram, vram = size("ram", wanted.ram, here.memory), device.vram(config, gpu)
     disk = size("disk", wanted.disk, min(machine.disk_free(store), machine.disk_free(out)))
     return Budget(ram, vram, disk, here.cores if wanted.threads == "auto" else int(wanted.threads))
+
+
+def _check_places(config: schema.Config, store: Path, out: Path) -> None:
+    """Refuse where nothing can be written, before it reads as a budget of nothing. A store says itself that it is
+    read-only: it still serves."""
+    if not may_write(out):
+        raise ConfigError(str(out), "is no folder that can be written", "choose another folder: out=DIRECTORY")
+    for place, setting in ((store, "store.dir"), (out, "out")):
+        if config.budget.disk == "auto" and machine.disk_free(place) == 0:
+            remedy = f"choose another folder: {setting}=DIRECTORY"
+            raise BudgetRefused(str(place), "nothing is free on its file system", remedy)
 
 
 def _check_disk(

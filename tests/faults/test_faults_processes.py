@@ -192,6 +192,19 @@ def test_out_that_cannot_be_written_says_what_to_do(space: Any) -> None:
     space.out = space.root / "file"
     space.out.write_text("not a folder")
     error = space.run(code=2)["error"]
+    assert (error["place"], error["fact"]) == (str(space.out), "is no folder that can be written")
     assert "out=" in error["remedy"]
+    assert not space.store.exists()  # before any work
     space.out = space.root / "fine"
-    assert space.run()["totals"]["computed"] == 0
+    space.run()
+    space.out = space.root / "file" / "below"
+    assert "cannot be written" in space.run(code=2)["error"]["fact"]  # all is stored, and cannot be placed
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to others /proc is a folder that cannot be written")
+@pytest.mark.parametrize("place", ["out", "store"])
+def test_a_place_without_a_free_byte_is_named(space: Any, place: str) -> None:
+    setattr(space, place, Path("/proc/qbuild"))
+    error = space.run(code=3)["error"]
+    assert (error["place"], error["fact"]) == ("/proc/qbuild", "nothing is free on its file system")
+    assert {"out": "out=", "store": "store.dir="}[place] in error["remedy"]

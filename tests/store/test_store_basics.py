@@ -469,7 +469,7 @@ def test_an_index_of_an_older_version_is_brought_up_to_date_and_keeps_all(
         db.executescript(f"ALTER TABLE results RENAME TO now; {VERSION_1}")
     db.close()
     with monkeypatch.context() as patched:
-        patched.setattr("qbuild.index._may_write", lambda _root: False)
+        patched.setattr("qbuild.index.may_write", lambda _root: False)
         with pytest.raises(StoreError, match="older qbuild"):
             ActionCache(Store(store.root)).get("old")
     monkeypatch.setattr("qbuild.index.sqlite3.connect", partial(sqlite3.connect, factory=OldSqlite))
