@@ -104,8 +104,10 @@ class Index:
         with self._errors():
             connection, pool = self._take()
             try:
+                self._begin(connection, "BEGIN")
                 yield connection
             finally:
+                _end(connection)
                 pool.append(connection)
 
     @contextmanager
@@ -119,7 +121,7 @@ class Index:
             self.create()
             connection, _ = self._take()
             try:
-                connection.execute("BEGIN IMMEDIATE")
+                self._begin(connection, "BEGIN IMMEDIATE")
                 self._local.connection = connection
                 try:
                     yield connection
@@ -129,10 +131,14 @@ class Index:
                 connection.execute("COMMIT")
             finally:
                 self._local.connection = None
-                if connection.in_transaction:  # COMMIT failed: the disk is full
-                    with contextlib.suppress(sqlite3.Error):
-                        connection.execute("ROLLBACK")
+                _end(connection)  # COMMIT failed: the disk is full
                 self._free.append(connection)
+
+    def _begin(self, connection: sqlite3.Connection, how: str) -> None:
+        """Begin a transaction, unless a newer qbuild has upgraded the index since it was opened."""
+        connection.execute(how)
+        if (found := _version(connection)) > SCHEMA_VERSION:
+            raise self._newer(found)
 
     def create(self) -> None:
         """Make the store's folders and an empty index where there is none."""
@@ -224,10 +230,13 @@ class Index:
             fact = f"written by an older qbuild (schema {found}), and read-only"
             raise StoreError(str(self.path), fact, "use it once where it can be written, or store.dir=DIRECTORY")
         if found > SCHEMA_VERSION:
-            fact = f"written by a newer qbuild (schema {found}, this one knows {SCHEMA_VERSION})"
-            raise StoreError(str(self.path), fact, "upgrade qbuild, or use another store: store.dir=DIRECTORY")
+            raise self._newer(found)
         if found != SCHEMA_VERSION or not tables:
             raise self._corrupt(f"not an index of qbuild (schema {found})")
+
+    def _newer(self, found: int) -> StoreError:
+        fact = f"written by a newer qbuild (schema {found}, this one knows {SCHEMA_VERSION})"
+        return StoreError(str(self.path), fact, "upgrade qbuild, or use another store: store.dir=DIRECTORY")
 
     def _corrupt(self, fact: str) -> StoreError:
         remedy = f"remove it: rm {self.path}*\nfinished files are found again"
@@ -261,6 +270,13 @@ def _connect(target: str) -> sqlite3.Connection:
 
 def _version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _end(connection: sqlite3.Connection) -> None:
+    """Leave a transaction that was not committed."""
+    if connection.in_transaction:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
 
 
 def _upgraded(connection: sqlite3.Connection) -> int:

@@ -278,6 +278,9 @@ class Store:
             places.sort(key=lambda p: (p.path, p.offset) != at)
         for place in places:
             found = stat_of(place.path)
+            if found is None:
+                place = place._replace(path=self._renamed(place))
+                found = stat_of(place.path)
             if found is not None and found.st_size >= place.offset + place.length:
                 return place
             self.forget_vanished(place.file)
@@ -295,6 +298,12 @@ class Store:
             rows = db.execute(query, (str(digest),)).fetchall()
         self._used.update(blob for _, _, blob, _ in rows[:1] if blob)
         return [Location(self.file_path(p, b), offset, digest.size, i) for i, p, b, offset in rows]
+
+    def _renamed(self, place: Location) -> Path:
+        """Where the file of a place lies now: another process may have committed it since it was located."""
+        with self.index.reading() as db:
+            row = db.execute("SELECT partial, blob FROM files WHERE id = ?", (place.file,)).fetchone()
+        return place.path if row is None else self.file_path(*row)
 
     def file_path(self, partial: str | None, blob: str | None) -> Path:
         """While a file changes its name both are set: it is the blob once the partial is gone."""
@@ -330,11 +339,8 @@ class Store:
     def _open(self, place: Location) -> int | None:
         with contextlib.suppress(FileNotFoundError):
             return os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
-        with self.index.reading() as db:
-            row = db.execute("SELECT partial, blob FROM files WHERE id = ?", (place.file,)).fetchone()
-        if row is not None:
-            with contextlib.suppress(FileNotFoundError):  # committed since it was located
-                return os.open(self.file_path(*row), os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(self._renamed(place), os.O_RDONLY | os.O_CLOEXEC)
         self.forget_vanished(place.file)
         return None
 

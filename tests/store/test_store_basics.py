@@ -432,6 +432,18 @@ def test_index_of_a_newer_version_is_refused(store: Store):
     assert "store.dir" in caught.value.remedy
 
 
+def test_an_index_that_a_newer_version_upgrades_meanwhile_is_refused_from_then_on(store: Store):
+    cache, result = ActionCache(store), ActionResult("k", (store.put_bytes(b"x"),))
+    cache.put("key", result)
+    assert cache.get("key") == result
+    with sqlite3.connect(store.root / "index.sqlite") as db:
+        db.executescript(f"ALTER TABLE results ADD COLUMN more TEXT; PRAGMA user_version={SCHEMA_VERSION + 1}")
+    db.close()
+    for use in (lambda: cache.get("key"), lambda: cache.put("other", result), lambda: store.put_bytes(b"y")):
+        with pytest.raises(StoreError, match="newer qbuild"):
+            use()
+
+
 # How version 1 kept results, and a table that nothing used.
 VERSION_1 = """
 CREATE TABLE results (

@@ -260,8 +260,21 @@ def test_reader_survives_the_rename(store: Store):
         ready(process)
         time.sleep(0.05)
         partial.commit(digest_bytes(data + bytes(1000)))
-    assert process.wait(30) == 0
-    process.communicate()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_a_file_that_is_renamed_while_it_is_located_is_found(store: Store, monkeypatch: pytest.MonkeyPatch):
+    data, digest = digest_of(1)
+    with store.partial("p", 2000) as partial:
+        partial.write_at(0, data)
+        partial.finished(digest, 0)
+        located = store._slices(digest)
+        blob = partial.commit(digest_bytes(data + bytes(1000)))
+    monkeypatch.setattr(store, "_slices", lambda _digest: located)
+    found = store.locate(digest)
+    assert found is not None
+    assert found.path == blob
 
 
 def test_store_is_usable_after_a_fork(store: Store):
