@@ -3,7 +3,7 @@
 usage: bench_solve.py [SHAPE ...] [--device cpu] [--group 128] [--tokens 8192] [--loops]
 
 Each way runs twice and the second is timed: a device compiles and plans in the first. With --loops, on a CUDA device,
-the loops over columns in Triton stand beside those in torch: codes that differ, microseconds a block of 128 columns.
+the loops over columns in Triton stand beside a CPU's: codes that differ, microseconds a block of 128 columns.
 """
 
 from __future__ import annotations
@@ -87,22 +87,32 @@ def loops() -> None:
 
     torch.manual_seed(0)
     size, rows = 128, 4096
-    x = torch.randn(400, size, device="cuda")
-    hessian = x.T @ x / len(x) + 0.1 * torch.eye(size, device="cuda")
+    x = torch.randn(400, size)
+    hessian = x.T @ x / len(x) + 0.1 * torch.eye(size)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    block, slope = torch.randn(2, size, rows, device="cuda")
-    scales = (torch.rand(4, rows, device="cuda") * 0.2 + 0.05).half().float()
-    zeros = torch.randint(0, 15, (4, rows), device="cuda").float()
-    which = torch.randint(0, 4, (size,), device="cuda")
-    for name, run in (
-        ("round_block", lambda m: m.round_block(block.clone(), factor, scales, zeros, which, 15)[0]),
-        ("recode", lambda m: m.recode(block, slope, hessian, scales[0], zeros[0], 15)),
+    block, slope = torch.randn(2, size, rows)
+    scales, zeros = (torch.rand(4, rows) * 0.2 + 0.05).half().float(), torch.randint(0, 15, (4, rows)).float()
+    which, codes = torch.randint(0, 4, (size,)), torch.randint(0, 16, (size, rows)).float()
+
+    def rounding(module, given):  # type: ignore[no-untyped-def]
+        return module.round_block(*given, 15)[0]
+
+    def improving(module, given):  # type: ignore[no-untyped-def]
+        module.improve(*given, 15)
+        return given[0]
+
+    for name, run, given in (
+        ("round_block", rounding, (block, factor, scales, zeros, which)),
+        ("improve", improving, (codes, torch.empty_like(codes), slope, block, hessian, scales[0], zeros[0])),
     ):
-        ours, plain = run(triton_columns), run(columns)
-        spent = [timed(lambda m=m, run=run: [run(m) for _ in range(10)], "cuda")[0] for m in (triton_columns, columns)]
-        differing = float((ours != plain).float().mean())
-        micro = [f"{seconds * 1e5:.0f}" for seconds in spent]
-        print(f"  {name:<12} codes differing {differing:.2e}, us a block: Triton {micro[0]}, torch {micro[1]}")
+        made, spent = [], []
+        for module, device in ((triton_columns, "cuda"), (columns, "cpu")):
+            copies = [tuple(part.clone().to(device) for part in given) for _ in range(11)]
+            made.append(run(module, copies.pop()).cpu())
+            each = partial(lambda m, run, copies: [run(m, copy) for copy in copies], module, run, copies)
+            spent.append(f"{timed(each, device)[0] * 1e5:.0f}")
+        differing = float((made[0] != made[1]).float().mean())
+        print(f"  {name:<12} codes differing {differing:.2e}, us a block: Triton {spent[0]}, a CPU's thread {spent[1]}")
 
 
 if __name__ == "__main__":

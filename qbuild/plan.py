@@ -52,7 +52,7 @@ from qbuild.kernels.gpu.table import TYPES as ON_GPU
 from qbuild.lower import CHUNKS, PARENT_RAM, Strategy, Wanted, choose_strategy, kernels_of, outputs, pass_task
 from qbuild.manifest import action_key, walk
 from qbuild.recipe import FileTarget, Made, Resolved, resolve
-from qbuild.steps import Step, evaluations, steps
+from qbuild.steps import Step, evaluations, missing, rounds, steps
 from qbuild.store import Store
 
 __all__ = ["Judge", "Plan", "TargetPlan", "Verdict", "check_limits", "make", "manifest_parts", "versions"]
@@ -445,11 +445,12 @@ def make(config: schema.Config, *, fetch: bool, began: int = NEVER) -> Plan:
 
 
 def _to_compile(judge: Judge, files: list[FileTarget], device: str) -> tuple[str, ...]:
-    """Types whose kernels the files, or damages that are still to be measured, will need first."""
-    actions = judge.resolved.graph.actions.values()
-    types = {a.params.made.type for a in actions if a.kind == damage.KIND and judge.verdicts[a.id].state != "hit"}
+    """Types whose kernels the files, or damages that are still to be measured, will need first; GPTQ's loops too."""
+    ids = missing(judge.resolved, judge.verdicts)
+    todo = [judge.resolved.graph.actions[action] for action in ids]
+    types = {a.params.made.type for a in todo if a.kind == damage.KIND}
     asked = kernels_of(judge.resolved, files, device)
-    return warm.left(replace(asked, measured=tuple(types))).names
+    return warm.left(replace(asked, measured=tuple(types), columns=rounds(todo))).names
 
 
 def _peaks(steps: Collection[Step]) -> Footprint:

@@ -40,7 +40,7 @@ from qbuild.manifest import action_key
 from qbuild.plan import Judge, Plan, Verdict, check_limits, manifest_parts
 from qbuild.quant.directory import Directory
 from qbuild.running import Jobs
-from qbuild.steps import Step, hashed, missing, rate_name
+from qbuild.steps import Step, hashed, missing, rate_name, rounds
 from qbuild.vram import CONTEXT
 
 MEASURABLE = 1e12  # operations: with fewer, starting up is what one measures
@@ -249,6 +249,7 @@ class Stage:
         return self._alone("states", keys[max(a.params.layer for a in todo)], todo, run)
 
     def _solve(self, step: Step, todo: list[Action]) -> float:
+        compile_kernels(self.jobs, warm.Task(columns=rounds(todo)))
         items = tuple(self._item(action) for action in sorted(todo, key=lambda a: a.params.layer))
         task = solve.Task(self.judge.checkpoint(), items, step.threads)
         with self.jobs.progress(f"{self.resolved.name}: {step.label}", len(items), len(items), "layers"):
@@ -265,6 +266,7 @@ class Stage:
 
     def _propagate(self, step: Step, todo: list[Action]) -> float:
         """One target's layers after another's; targets that ask the same share them."""
+        compile_kernels(self.jobs, warm.Task(columns=rounds(todo)))
         seconds, wanted = 0.0, {action.id for action in todo}
         chains = {t.tensors: t.name for t in self.resolved.targets if isinstance(t, CalibratedTarget)}
         for chain, name in chains.items():

@@ -109,6 +109,13 @@ def missing(resolved: Resolved, verdicts: Mapping[str, State]) -> list[str]:
     return [action for action in resolved.graph.actions if action in want]
 
 
+def rounds(actions: Iterable[Action]) -> bool:
+    """Whether GPTQ's loops over columns run on the CPU for these."""
+    kinds = (solve.KIND, propagate.KIND)
+    found = (a.params if a.kind == solve.KIND else a.params.rounding for a in actions if a.kind in kinds)
+    return any(params.rounding == "gptq" and params.device == "cpu" for params in found)
+
+
 def hashed(resolved: Resolved, todo: Iterable[str]) -> Iterator[Source]:
     """The sources whose digests must be known before the actions ``todo`` have keys: their own, and all weights."""
     chain = (action.id for action in resolved.graph.actions.values() if action.kind == weights.KIND)

@@ -13,7 +13,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "quant.propagated"
-SALT = 8
+SALT = 9
 VERSIONS = ("torch", "transformers")
 
 

@@ -12,7 +12,7 @@ from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest
 
 KIND = "quant.layer"
-SALT = 11
+SALT = 12
 VERSIONS = ("torch",)
 
 

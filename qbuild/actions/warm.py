@@ -40,16 +40,18 @@ class OnGpu(NamedTuple):
 @dataclass(frozen=True)
 class Task:
     """``types`` to encode, on the CPU, from any dtype; ``measured``: those that are read again, and compared with the
-    source."""
+    source; ``columns``: GPTQ's loops over them on the CPU."""
 
     types: tuple[str, ...] = ()
     on_gpu: tuple[OnGpu, ...] = ()
     measured: tuple[str, ...] = ()
+    columns: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The types, each once; none: there is nothing to compile."""
-        return tuple(sorted({*self.types, *self.measured, *(kernel.type for kernel in self.on_gpu)}))
+        """The types, each once, and GPTQ; none: there is nothing to compile."""
+        types = sorted({*self.types, *self.measured, *(kernel.type for kernel in self.on_gpu)})
+        return (*types, "GPTQ") if self.columns else tuple(types)
 
 
 def ram(task: Task) -> int:
@@ -64,6 +66,7 @@ def left(task: Task) -> Task:
         tuple(name for name in task.types if ("encode", name) not in done),
         tuple(kernel for kernel in task.on_gpu if ("gpu", *kernel) not in done),
         tuple(name for name in task.measured if ("measure", name) not in done),
+        task.columns and ("columns",) not in done,
     )
 
 
@@ -111,6 +114,9 @@ def run(task: Task) -> None:
     for name in task.measured:
         kernels.warm_losses([name])
         done.add(("measure", name), kernels.cache_files())
+    if task.columns:
+        import_module("qbuild.kernels.columns").warm()
+        done.add(("columns",), kernels.cache_files())
     if task.on_gpu:
         encode = import_module("qbuild.kernels.gpu.encode")
         for kernel in task.on_gpu:

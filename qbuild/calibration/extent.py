@@ -31,8 +31,9 @@ __all__ = [
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|word_embeddings\w*)(\.|$)")
 SMALL = 96 << 20  # of one phase's small tensors that the allocator keeps through the next
 TORCH_RAM = 296 << 20  # a worker with torch, its linear algebra and what layers leave (measured: 236 to 255, and 30)
+LOOPS_RAM = 96 << 20  # numba, with GPTQ's loops from its cache, and what threads keep (measured: 75 to 85)
 TRIED_SCALES, TRIED_ROWS = 9, 1024  # by the search of AWQ's scales, on so many rows of a linear, evenly chosen
-SOLVED_WEIGHTS, SOLVED_ROWS = 1 << 21, 256  # that a thread rounds at a time: rows of so many weights, not fewer rows
+SOLVED_ROWS = 320  # of a linear that a thread rounds at a time: whole vectors of rows, and no power of two
 SWEEPS = 3  # of coordinate descent
 TRIED_COPIES, ROUNDED_COPIES, CLIPPED_COPIES = 6, 8, 28  # float32, of the rows that threads are at, freed ones too
 FACTORED_COPIES = 6  # float32, of the widest Gram matrix
@@ -146,14 +147,15 @@ def _reverse(
 
 def solve_ram(layer: LayerShape, rounding: str, threads: int) -> int:
     """Predicted peak bytes of the worker that quantizes a layer; ``rounding``: gptq or nearest."""
-    return TORCH_RAM + layer.statistics_bytes("gram") + _solving(layer, rounding, threads)
+    loops = LOOPS_RAM if rounding == "gptq" else 0
+    return TORCH_RAM + loops + layer.statistics_bytes("gram") + _solving(layer, rounding, threads)
 
 
 def _solving(layer: LayerShape, rounding: str, threads: int) -> int:
     """Weights as they are stored, as float32 and as codes, a byte of each lost between them, Gram matrices, and the
     larger of what follows one another: scales that are tried, a thread each, or a matrix that is factored, and rows
     that threads round by it."""
-    tried = threads * TRIED_COPIES * max(min(out, TRIED_ROWS) * cols for out, cols in layer.sizes)
+    tried = TRIED_COPIES * max(_in_hand(out, cols, threads) for out, cols in layer.sizes)
     copies = ROUNDED_COPIES if rounding == "gptq" else CLIPPED_COPIES
     stacks = [size for size in _stacked(layer) if prod(size) <= shapes.STACKED] if rounding == "gptq" else []
     rounded = copies * max(_in_hand(out, cols, threads) for out, cols in (*layer.sizes, *stacks))
@@ -169,8 +171,7 @@ def _stacked(layer: LayerShape) -> list[tuple[int, int]]:
 
 def _in_hand(out: int, cols: int, threads: int) -> int:
     """Weights of a linear whose rows are rounded at the same time."""
-    rows = max(SOLVED_ROWS, SOLVED_WEIGHTS // cols)
-    return min(out, threads * rows) * cols
+    return min(out, threads * SOLVED_ROWS) * cols
 
 
 def propagation_ram(
@@ -183,7 +184,7 @@ def propagation_ram(
         comparing = shapes.comparison_footprint(config, tensors, model.prefix, layer.index, step)
         solving = _solving(layer, "gptq", step.threads) + shapes.gram_bytes(layer.linears)
         found.append(max(comparing, solving) + min(comparing, solving, SMALL))
-    return shapes.BASE + shapes.held_states(config, step, 2) + max(found)
+    return shapes.BASE + LOOPS_RAM + shapes.held_states(config, step, 2) + max(found)
 
 
 @dataclass(frozen=True)

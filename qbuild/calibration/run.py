@@ -20,7 +20,7 @@ from qbuild.calibration.shapes import KEPT, TOGETHER_CUDA, linears
 from qbuild.calibration.states import States
 from qbuild.calibration.statistics import Statistics
 from qbuild.calibration.weights import Read
-from qbuild.heap import settle
+from qbuild.heap import settle, trim
 from qbuild.overlap import Ahead, Behind
 
 __all__ = [
@@ -87,6 +87,7 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
                 made = collector.statistics()
                 saving.do(partial(_save, save, made, time.monotonic() - began))
                 del collector, made
+                trim()  # products in bfloat16 leave a MB with every layer
             if states.due(last=index == task.last):
                 saving.wait()  # until they are safe a new process needs the states before them
                 states.keep()

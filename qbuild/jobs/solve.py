@@ -16,7 +16,7 @@ from qbuild.calibration.families import layer_prefix
 from qbuild.calibration.statistics import Statistics
 from qbuild.calibration.triangle import square
 from qbuild.digest import Digest
-from qbuild.heap import settle
+from qbuild.heap import settle, trim
 from qbuild.jobs import Emit, needed
 from qbuild.jobs.tensors import Tensors
 from qbuild.overlap import Ahead, Behind
@@ -36,7 +36,7 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
     """Solve every item in turn, one layer in memory. Each result is cached at once: while a device computes, beside
     the next, whose weights and statistics are read before it."""
     torch.set_num_threads(task.threads)
-    settle(16 << 20, 64 << 20)  # smaller blocks come and go thousands of times in a layer, and stay
+    settle(top=8 << 20)
     cache, began = ActionCache(store), time.monotonic()
     made: dict[str, Digest] = {}
     prefix = layer_prefix(task.checkpoint.config, task.checkpoint.tensors)
@@ -60,6 +60,7 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
                 data = _solve(item, task, f"{prefix}{item.params.layer}.", *loaded).to_bytes()
                 saving.do(partial(save, item, data, time.monotonic() - start))
                 del loaded, data  # before the next is read
+                trim()
     return Made(made, read.reader.bytes_read)
 
 

@@ -1,15 +1,45 @@
-"""Loops over the columns of a block, each of which changes those that follow, in plain torch.
+"""Loops over columns on a CPU: float32 tensors handed to ``kernels.columns``. ``triton_columns`` has the same four for
+a CUDA device.
 
-Shapes are [columns, out]: each step reads and writes whole rows of memory. They are taken apart before the loop: to
-index a tensor takes a third of the time of a subtraction. ``triton_columns`` has the same two loops for a CUDA device,
-where a launch for each of a hundred small operations a column is what would take the time.
+A weight is laid out [in, width], its columns as rows of memory: each step then reads and writes whole vectors, a row of
+the weight in each lane. ``width`` is its rows and what fills the last vector up.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 
-__all__ = ["recode", "round_block"]
+from qbuild.kernels import columns as kernels
+from qbuild.quant.grid import NARROWEST, STEPS, TINY, WIDEST, Grid
+
+__all__ = ["fit", "improve", "laid_out", "round_block"]
+
+SHARES = np.array([WIDEST - (WIDEST - NARROWEST) * step / (STEPS - 1) for step in range(STEPS)], np.float32)
+
+
+def laid_out(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` [out, in] as [in, width]; rows of zeros are added."""
+    rows, columns = weight.shape
+    made = torch.zeros(columns, -(-rows // kernels.LANES) * kernels.LANES)
+    made[:, :rows] = weight.T
+    return made
+
+
+def fit(columns: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``grid.fit`` of a weight that is laid out: scales and zeros [groups, width]."""
+    size, width = grid.size(len(columns)), columns.shape[1]
+    groups = len(columns) // size
+    scales, zeros = torch.empty(groups, width), torch.empty(groups, width)
+    weighed = _flat(cost.contiguous())
+    for group in range(groups):
+        own = slice(group * size, (group + 1) * size)
+        block, found = _flat(columns[own]), (_flat(scales[group]), _flat(zeros[group]))
+        top, tiny = np.float32(grid.top), np.float32(TINY)
+        kernels.fit(block, weighed[own], SHARES, *found, size, width, top, grid.symmetric, tiny)
+    return scales, zeros
 
 
 def round_block(
@@ -22,32 +52,35 @@ def round_block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GPTQ inside a block: codes and errors, float32, of columns whose errors are made good in those after them.
 
-    ``block`` float32 [columns, out] is used up; ``local`` [columns, columns] is the factor's part, ``groups`` int64
-    [columns] which row of ``scales`` and ``zeros`` [groups, out] each takes.
+    ``block`` float32 [columns, width] is used up; ``local`` [columns, columns] is the factor's part, ``groups`` int64
+    [columns] which row of ``scales`` and ``zeros`` [groups, width] each takes.
     """
     codes, errors = torch.empty_like(block), torch.empty_like(block)
-    grids = list(zip(scales.unbind(), zeros.unbind(), strict=True))
-    rows = zip(block.unbind(), codes.unbind(), errors.unbind(), local.unbind(), groups.tolist(), strict=True)
-    for at, (weights, code, error, row, group) in enumerate(rows):
-        scale, zero = grids[group]
-        torch.div(weights, scale, out=code).round_().add_(zero).clamp_(0, top)  # as ``grid.quantize``, in place
-        torch.sub(weights, torch.sub(code, zero, out=error).mul_(scale), out=error).div_(row[at])
-        block[at + 1 :].addr_(row[at + 1 :], error, alpha=-1)
+    given = (block, local.contiguous(), scales, zeros, groups, codes, errors)
+    kernels.round_block(*map(_flat, given), *block.shape, np.float32(top))
     return codes, errors
 
 
-def recode(
-    values: torch.Tensor, slope: torch.Tensor, own: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int
-) -> torch.Tensor:
-    """Codes float32 [columns, out] of one group: each column in turn the best while all others stay.
+def improve(
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    slope: torch.Tensor,
+    columns: torch.Tensor,
+    own: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    top: int,
+) -> None:
+    """Better codes of one group, in place: each column in turn takes the best while all others stay, then the group
+    the scale that is best for them, in float16's values, if that is neither half nor twice the one of before.
 
-    ``values`` are those of the codes of now and ``slope`` half the gradient of the loss there, float32 [columns, out];
-    ``own`` [columns, columns] is the group's part of the Hessian, ``scale`` and ``zero`` [out] its grid.
+    ``codes``, ``errors`` Ŵ − W, ``columns`` W, and ``slope``, half the gradient of the loss by Ŵ: float32 [size,
+    width]; ``own`` [size, size] is the group's part of the Hessian, ``scale`` and ``zero`` [width] its grid.
     """
-    steps, slope, codes = (values / scale).round_(), slope / scale, torch.empty_like(values)
-    low, high, change = -zero, top - zero, torch.empty_like(zero)
-    rows = zip(steps.unbind(), slope.unbind(), codes.unbind(), own.unbind(), own.diagonal().tolist(), strict=True)
-    for at, (step, tilt, code, row, curve) in enumerate(rows):
-        torch.sub(step, tilt, alpha=1 / curve, out=code).round_().clamp_(low, high)
-        slope[at + 1 :].addr_(row[at + 1 :], torch.sub(code, step, out=change))
-    return codes.add_(zero)
+    given = (codes, errors, slope.contiguous(), columns, own.contiguous(), scale, zero)
+    kernels.improve(*map(_flat, given), *codes.shape, np.float32(top))
+
+
+def _flat(tensor: torch.Tensor) -> Any:
+    """The memory of a contiguous tensor."""
+    return tensor.view(-1).numpy()

@@ -17,12 +17,11 @@ import torch
 
 from qbuild.calibration.extent import SWEEPS
 from qbuild.errors import ActionFailed
-from qbuild.quant import columns as columns_
 from qbuild.quant.codes import Codes
-from qbuild.quant.grid import Grid, fit
+from qbuild.quant.grid import Grid
 from qbuild.quant.team import Team, split
 
-__all__ = ["ORDERS", "Curvature", "columns_of", "curvature", "descend", "gptq", "rounded", "toward"]
+__all__ = ["ORDERS", "Curvature", "curvature", "gptq", "rounded", "toward"]
 
 ORDERS = ("natural", "activation", "group", "indexed")
 SHARE = 0.5  # of what was lost before a linear that it makes good: see ``toward``
@@ -76,26 +75,21 @@ def _factored(hessian: torch.Tensor, columns: torch.Tensor) -> torch.Tensor | No
 def gptq(
     weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: str, damping: float, team: Team, sweeps: int = SWEEPS
 ) -> Codes:
-    """Codes of ``weight`` float32 [out, in] for inputs with ``gram``; see ``curvature``, and ``descend`` for sweeps.
+    """Codes of ``weight`` float32 [out, in] for inputs with ``gram``; see ``curvature``, and ``_descend`` for sweeps.
 
     ``order`` may also be indexed: columns are sorted by their diagonal and groups are made of what is adjacent then
     (desc_act), which needs the index of groups in files.
     """
     if order == "indexed":
-        columns = _order(gram.diagonal(), columns_of(grid, weight), "activation")
+        columns = _order(gram.diagonal(), grid.size(weight.shape[1]), "activation")
         sorted_gram = gram[columns[:, None], columns]
         return _scattered(gptq(weight[:, columns], sorted_gram, grid, "natural", damping, team, sweeps), columns)
-    return rounded(weight, curvature(gram, columns_of(grid, weight), order, damping), grid, team, sweeps)
-
-
-def columns_of(grid: Grid, weight: torch.Tensor) -> int:
-    """Columns of a group."""
-    return weight.shape[1] if grid.group_size == -1 else grid.group_size
+    return rounded(weight, curvature(gram, grid.size(weight.shape[1]), order, damping), grid, team, sweeps)
 
 
 def rounded(weight: torch.Tensor, seen: Curvature, grid: Grid, team: Team, sweeps: int = SWEEPS) -> Codes:
     """As ``gptq``, of an input whose curvature is known: linears that read one input share it."""
-    size = columns_of(grid, weight)
+    size = grid.size(weight.shape[1])
 
     def solved(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         codes, scales, zeros = _solved(rows, seen, grid, size, sweeps)
@@ -135,11 +129,13 @@ def _solved(
     weight: torch.Tensor, seen: Curvature, grid: Grid, size: int, sweeps: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [out, in], scales and zeros [out, groups], float32."""
-    scales, zeros = fit(weight, seen.hessian.diagonal(), grid)
-    codes = torch.empty_like(weight)
-    groups = (seen.columns // size).tolist()
-    codes[:, seen.columns] = _round(weight[:, seen.columns], seen.factor, scales, zeros, groups, grid.top)
-    codes, scales = descend(weight, seen.hessian, codes, scales, zeros, grid.top, sweeps)
+    loops = _loops(weight.device)
+    columns, order = loops.laid_out(weight), seen.columns
+    scales, zeros = loops.fit(columns, seen.hessian.diagonal(), grid)
+    codes = torch.empty_like(columns)
+    codes[order] = _round(columns[order], seen.factor, scales, zeros, order // size, grid.top, loops)
+    _descend(columns, seen.hessian, codes, scales, zeros, grid.top, sweeps, loops)
+    codes, scales, zeros = (made.T[: len(weight)] for made in (codes, scales, zeros))
     return codes, scales, zeros
 
 
@@ -156,69 +152,49 @@ def _order(diagonal: torch.Tensor, size: int, order: str) -> torch.Tensor:
 
 
 def _round(
-    weight: torch.Tensor,
+    columns: torch.Tensor,
     factor: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
-    group: list[int],
+    groups: torch.Tensor,
     top: int,
+    loops: Any,
 ) -> torch.Tensor:
-    """Codes, float32 [out, in], of columns in the order of ``weight``."""
-    cols = weight.shape[1]
-    columns = weight.T.contiguous()  # as rows: each step reads and writes whole rows of memory
+    """Codes, float32 [in, width], of ``columns`` in the order of rounding, which are used up. ``groups`` int64 [in]:
+    which row of ``scales`` and ``zeros`` [groups, width] each takes."""
     codes = torch.empty_like(columns)
-    scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
-    loops, index = _loops(weight.device), torch.tensor(group, device=weight.device)
-    for start in range(0, cols, BLOCK):
-        stop = min(start + BLOCK, cols)
-        local = factor[start:stop, start:stop]
-        codes[start:stop], errors = loops.round_block(columns[start:stop], local, scales, zeros, index[start:stop], top)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return codes.T
+    for start in range(0, len(columns), BLOCK):
+        own = slice(start, start + BLOCK)
+        codes[own], errors = loops.round_block(columns[own], factor[own, own], scales, zeros, groups[own], top)
+        columns[own.stop :].addmm_(factor[own, own.stop :].T, errors, alpha=-1)
+    return codes
 
 
 def _loops(device: torch.device) -> Any:
-    """The loops over columns: those that need Triton are loaded where there is a device for them."""
-    return import_module("qbuild.quant.triton_columns") if device.type == "cuda" else columns_
+    """The loops over columns: each kind of device has its own, and loads what compiles them when it is used."""
+    return import_module(f"qbuild.quant.{'triton_columns' if device.type == 'cuda' else 'columns'}")
 
 
-def descend(
-    weight: torch.Tensor,
+def _descend(
+    columns: torch.Tensor,
     hessian: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
     top: int,
     sweeps: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    loops: Any,
+) -> None:
     """Coordinate descent on the loss tr((W-Ŵ) H (W-Ŵ)ᵀ): each column in turn takes the code that is best while all
     others stay, then each group the scale; ``sweeps`` times. No step makes the loss of a row larger.
 
-    Shapes as in ``Codes``, all float32; groups are of adjacent columns. Returns codes and scales.
+    ``columns`` and ``codes`` [in, width], ``scales`` and ``zeros`` [groups, width], all float32; groups are of adjacent
+    columns. Codes and scales are changed in place.
     """
-    columns, steps, middles = weight.T, scales.T.contiguous(), zeros.T.contiguous()
-    codes = codes.T.contiguous()
-    size, loops = len(codes) // len(steps), _loops(weight.device)
-    errors = ((codes.view(len(steps), size, -1) - middles[:, None]) * steps[:, None]).view_as(codes) - columns
+    size = len(codes) // len(scales)
+    errors = (codes.view(len(scales), size, -1) - zeros[:, None]).mul_(scales[:, None]).view_as(codes).sub_(columns)
     for _ in range(sweeps):
-        for group, (scale, zero) in enumerate(zip(steps, middles, strict=True)):
-            inside = slice(group * size, (group + 1) * size)
-            own, slope = hessian[inside, inside], hessian[inside] @ errors  # half the gradient of the loss
-            before = (codes[inside] - zero) * scale
-            codes[inside] = loops.recode(before, slope, own, scale, zero, top)
-            scale.copy_(_rescaled(codes[inside] - zero, before, slope, own, scale))
-            errors[inside] = (codes[inside] - zero) * scale - columns[inside]
-    return codes.T, steps.T
-
-
-def _rescaled(
-    steps: torch.Tensor, before: torch.Tensor, slope: torch.Tensor, own: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
-    """The scale [out] of one group that is best for its codes, in float16's values, and near the one it had.
-
-    ``slope`` belongs to the values ``before``.
-    """
-    now = slope + own @ (steps * scale - before)
-    best = scale - (now * steps).sum(0) / ((own @ steps) * steps).sum(0).clamp(min=1e-30)
-    best = best.half().float()
-    return torch.where((best / scale > 0.5) & (best / scale < 2), best, scale)
+        for group, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
+            own = slice(group * size, (group + 1) * size)
+            slope = hessian[own] @ errors  # half the gradient of the loss
+            loops.improve(codes[own], errors[own], slope, columns[own], hessian[own, own], scale, zero, top)

@@ -28,9 +28,13 @@ class Grid:
         """The largest code."""
         return int(2**self.bits - 1)
 
+    def size(self, columns: int) -> int:
+        """Columns of a group in a weight of so many."""
+        return columns if self.group_size == -1 else self.group_size
+
     def grouped(self, weight: torch.Tensor) -> torch.Tensor:
         """[out, groups, columns of a group]."""
-        return weight.view(weight.shape[0], -1, weight.shape[1] if self.group_size == -1 else self.group_size)
+        return weight.view(weight.shape[0], -1, self.size(weight.shape[1]))
 
     def at(self, high: torch.Tensor, low: torch.Tensor, share: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero, float32, of what ``ends`` gave, taken ``share`` as wide."""

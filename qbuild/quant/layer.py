@@ -15,7 +15,7 @@ from qbuild.calibration.shapes import STACKED
 from qbuild.heap import trim
 from qbuild.quant.codes import Codes, Solved
 from qbuild.quant.families import Group
-from qbuild.quant.gptq import columns_of, curvature, rounded, toward
+from qbuild.quant.gptq import curvature, rounded, toward
 from qbuild.quant.grid import Grid, clipped, ends, quantize
 from qbuild.quant.scaling import Seen, fold, search
 from qbuild.quant.team import Team, split
@@ -150,7 +150,7 @@ def _way(
         gram = gram / scale[:, None] / scale
     grid = params.grid
     if params.rounding == "gptq":
-        bent = curvature(gram, columns_of(grid, weight), params.order, params.damping)
+        bent = curvature(gram, grid.size(weight.shape[1]), params.order, params.damping)
         return lambda one, _name: rounded(one, bent, grid, team)
     return lambda one, name: _nearest(one, gram, grid, team, clip=not name.endswith(UNCLIPPED))
 
@@ -163,4 +163,4 @@ def _nearest(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, team: Team, *
         return codes.view_as(rows).to(torch.uint8), scales.half(), zeros.to(torch.uint8)
 
     codes, scales, zeros = (torch.cat(part) for part in zip(*team.map(plain, split(weight)), strict=True))
-    return Codes(codes, scales, zeros, grid.bits, columns_of(grid, weight), grid.symmetric)
+    return Codes(codes, scales, zeros, grid.bits, grid.size(weight.shape[1]), grid.symmetric)

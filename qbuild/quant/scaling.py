@@ -16,7 +16,7 @@ import torch
 from qbuild.calibration.extent import TRIED_ROWS
 from qbuild.quant.families import Group
 from qbuild.quant.grid import Grid, nearest
-from qbuild.quant.team import Team
+from qbuild.quant.team import Team, split
 
 __all__ = ["Seen", "fold", "gram_loss", "search"]
 
@@ -65,9 +65,12 @@ def search(
     magnitudes = _shared(sum((one.magnitudes * (one.count / tokens) for one in seen), torch.tensor(0.0)), group)
     some = [weight[:: -(-len(weight) // TRIED_ROWS)] for weight in weights]
 
+    def lost(some: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor) -> float:
+        return sum(gram_loss(rows - nearest(rows * scale, grid) / scale, gram) for rows in split(some))
+
     def loss(scale: torch.Tensor) -> float:
-        lost = (gram_loss(w - nearest(w * scale, grid) / scale, one.gram) for w, one in zip(some, seen, strict=True))
-        return sum(each * len(weight) / len(w) for each, weight, w in zip(lost, weights, some, strict=True))
+        tried = zip(weights, some, seen, strict=True)
+        return sum(lost(few, one.gram, scale) * len(weight) / len(few) for weight, few, one in tried)
 
     def scale(step: int) -> torch.Tensor:
         if not step:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from qbuild.calibration.extent import SOLVED_ROWS, SOLVED_WEIGHTS
+from qbuild.calibration.extent import SOLVED_ROWS
 
 __all__ = ["Team", "split"]
 
@@ -23,9 +23,8 @@ DEVICE_ROWS = 4096
 
 
 def split(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rows that are solved at a time: as many as the shape and the kind of device say, and so are the results."""
-    rows = max(SOLVED_ROWS, SOLVED_WEIGHTS // weight.shape[1]) if weight.device.type == "cpu" else DEVICE_ROWS
-    return tuple(weight.split(rows))
+    """Rows that are solved at a time: as many as the kind of device says, and so are the results."""
+    return tuple(weight.split(SOLVED_ROWS if weight.device.type == "cpu" else DEVICE_ROWS))
 
 
 class Team:

@@ -1,5 +1,5 @@
 """``columns`` for a CUDA device: one launch a block. A program holds all columns of some rows in registers, and takes a
-column out of them by a sum over a mask.
+column out of them by a sum over a mask. What needs no loop over columns is torch's.
 
 Only a worker that was given a device imports this module. Division is the IEEE one and rounding goes to even, as in
 ``columns``; sums of products may be fused, so last bits differ.
@@ -11,7 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["recode", "round_block"]
+from qbuild.quant import grid as grids
+from qbuild.quant.grid import Grid
+
+__all__ = ["fit", "improve", "laid_out", "round_block"]
 
 ROWS, COLUMNS = 16, 128  # of weights in a program, the columns at most
 EVEN = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it rounds to even
@@ -78,6 +81,17 @@ def _recode(
         incline += beside[:, None] * ((code - middle) * step - value)[None, :]
 
 
+def laid_out(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` [out, in] as [in, out]."""
+    return weight.T.contiguous()
+
+
+def fit(columns: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``columns.fit``."""
+    scales, zeros = grids.fit(columns.T.contiguous(), cost, grid)
+    return scales.T.contiguous(), zeros.T.contiguous()
+
+
 def round_block(
     block: torch.Tensor,
     local: torch.Tensor,
@@ -94,12 +108,29 @@ def round_block(
     return codes, errors
 
 
-def recode(
+def improve(
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    slope: torch.Tensor,
+    columns: torch.Tensor,
+    own: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    top: int,
+) -> None:
+    """As ``columns.improve``."""
+    before = (codes - zero) * scale
+    codes.copy_(_recoded(before, slope, own, scale, zero, top))
+    scale.copy_(_rescaled(codes - zero, before, slope, own, scale))
+    torch.sub((codes - zero) * scale, columns, out=errors)
+
+
+def _recoded(
     values: torch.Tensor, slope: torch.Tensor, own: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int
 ) -> torch.Tensor:
-    """As ``columns.recode``."""
+    """Codes float32 [size, out] that are better than those of ``values``."""
     slope, codes = slope.clone(), torch.empty_like(values)
-    scale, zero, (size, out) = scale.contiguous(), zero.contiguous(), values.shape
+    size, out = values.shape
     for start in range(0, size, COLUMNS):
         inside = slice(start, min(start + COLUMNS, size))
         columns, local = inside.stop - start, own[inside, inside].contiguous()
@@ -109,3 +140,13 @@ def recode(
             better = (codes[inside] - zero) * scale
             slope[inside.stop :].addmm_(own[inside.stop :, inside], better - values[inside])
     return codes
+
+
+def _rescaled(
+    steps: torch.Tensor, before: torch.Tensor, slope: torch.Tensor, own: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """The scale [out] that is best for ``steps``; ``slope`` belongs to the values ``before``."""
+    now = slope + own @ (steps * scale - before)
+    best = scale - (now * steps).sum(0) / ((own @ steps) * steps).sum(0).clamp(min=1e-30)
+    best = best.half().float()
+    return torch.where((best / scale > 0.5) & (best / scale < 2), best, scale)

@@ -343,7 +343,6 @@ def test_the_number_of_threads_changes_no_byte_and_rows_need_no_others(monkeypat
     params, before, made = Params(Grid(4, 32, False)), torch.get_num_threads(), []
     whole = layer(params)
     monkeypatch.setattr("qbuild.quant.layer.STACKED", 0)  # each linear alone, not with those that share its input
-    monkeypatch.setattr("qbuild.quant.team.SOLVED_WEIGHTS", 0)
     monkeypatch.setattr("qbuild.quant.team.SOLVED_ROWS", 16)
     for threads in (1, 3):
         torch.set_num_threads(threads)
