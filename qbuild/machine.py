@@ -27,6 +27,7 @@ __all__ = [
     "peak_rss",
     "process_rss",
     "tree_rss",
+    "triton_cache",
     "worker_environ",
 ]
 
@@ -46,6 +47,12 @@ def cache_dir() -> Path:
 def null_record(name: str) -> str:
     """Where the answer of a null build is remembered."""
     return str(cache_dir() / "null" / f"{name}.json")
+
+
+def triton_cache() -> Path:
+    """Where Triton keeps its kernels: ``$TRITON_CACHE_DIR``, else ``.triton/cache`` of ``$TRITON_HOME`` or home."""
+    home = os.environ.get("TRITON_HOME") or "~"
+    return Path(os.environ.get("TRITON_CACHE_DIR") or f"{home}/.triton/cache").expanduser()
 
 
 def worker_environ(package_root: Path) -> dict[str, str]:

@@ -72,7 +72,7 @@ def left(task: Task) -> Task:
 
 class _Done:
     """Which kernels were compiled, by a file for each: named after what numba's disk cache depends on, without loading
-    numba. In it stand the files of that cache, which may be cleared without us."""
+    numba. In it stand the files of that cache or of Triton's, which may be cleared without us."""
 
     def __init__(self) -> None:
         folder = Path(kernels.__file__).parent
@@ -108,20 +108,29 @@ def _cpu() -> str:
 
 def run(task: Task) -> None:
     done = _Done()
+    kernels.called_files()  # from here on those of each type
     for name in task.types:
         kernels.warm([name], "F16" if name == "BF16" else "BF16")  # one kernel serves every dtype but its own
-        done.add(("encode", name), kernels.cache_files())
+        done.add(("encode", name), kernels.called_files())
     for name in task.measured:
         kernels.warm_losses([name])
-        done.add(("measure", name), kernels.cache_files())
+        done.add(("measure", name), kernels.called_files())
     if task.columns:
         import_module("qbuild.kernels.columns").warm()
-        done.add(("columns",), kernels.cache_files())
+        done.add(("columns",), kernels.called_files())
     if task.on_gpu:
         encode = import_module("qbuild.kernels.gpu.encode")
         for kernel in task.on_gpu:
+            before = _kept_by_triton()
             _compare(encode, kernel)
-            done.add(("gpu", *kernel))
+            # What it shares with kernels that were compiled before it is not new: it has the whole folder at least.
+            done.add(("gpu", *kernel), _kept_by_triton() - before or before & {machine.triton_cache()})
+
+
+def _kept_by_triton() -> set[Path]:
+    """Triton's cache, and what is in it: a folder for each kernel."""
+    folder = machine.triton_cache()
+    return {folder, *folder.iterdir()} if folder.is_dir() else set()
 
 
 def _compare(encode: Any, kernel: OnGpu) -> None:

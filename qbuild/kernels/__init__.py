@@ -21,7 +21,7 @@ import numpy as np
 from qbuild.ggml import QTYPES, QType
 
 __all__ = [
-    "MODULES", "NEEDS_IMATRIX", "cache_files", "cast_into", "dequantize", "first_nonfinite", "invalid_blocks",
+    "MODULES", "NEEDS_IMATRIX", "called_files", "cast_into", "dequantize", "first_nonfinite", "invalid_blocks",
     "quantize", "quantize_into", "row_losses", "warm", "warm_losses",
 ]  # fmt: skip
 
@@ -188,9 +188,9 @@ def warm_losses(types: Any) -> None:
         row_losses(values, values, np.ones(values.shape[1], np.float32))
 
 
-def cache_files() -> list[Path]:
-    """Files of the disk cache that hold the kernels which this process has used."""
-    found: list[Path] = import_module("qbuild.kernels.simd").cache_files()
+def called_files() -> list[Path]:
+    """Files of the disk cache that hold the kernels which were called since this was asked last."""
+    found: list[Path] = import_module("qbuild.kernels.simd").called_files()
     return found
 
 

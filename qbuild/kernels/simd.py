@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from functools import wraps
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -56,7 +57,7 @@ _JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False, "_nrt": Fal
 _PACKAGE = __name__.rpartition(".")[0] + "."
 _NAMED = (FunctionType, Dispatcher, type)  # what knows its module
 
-_CACHED: list[tuple[Any, Path]] = []  # entry points, each with the index of its files in numba's disk cache
+_CALLED: set[Path] = set()  # of the entry points that were called, the indexes of their files in numba's disk cache
 
 inline = njit(inline="always", **_JIT)
 
@@ -70,15 +71,24 @@ def kernel(function: Any) -> Any:
     try:
         # numba stamps a cache with the file of the entry point alone; an edit of what it inlines would go unnoticed.
         compiled._cache._cache_file._source_stamp = _sources(function)
-        _CACHED.append((compiled, Path(compiled._cache._cache_file._index_path)))
+        index = Path(compiled._cache._cache_file._index_path)
     except AttributeError:
         compiled._cache = caching.NullCache()
-    return compiled
+        return compiled
+
+    @wraps(function)
+    def called(*args: Any) -> Any:
+        _CALLED.add(index)
+        return compiled(*args)
+
+    called.compiled = compiled  # type: ignore[attr-defined]
+    return called
 
 
-def cache_files() -> list[Path]:
-    """Files of numba's disk cache that hold the kernels which this process has used."""
-    used = (index for compiled, index in _CACHED if compiled.signatures)
+def called_files() -> list[Path]:
+    """Files of numba's disk cache that hold the kernels which were called since this was asked last."""
+    used = sorted(_CALLED)
+    _CALLED.clear()
     return [path for index in used for path in (index, *sorted(index.parent.glob(f"{index.stem}.*.nbc")))]
 
 

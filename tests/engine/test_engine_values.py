@@ -66,15 +66,15 @@ def test_an_object_with_no_canonical_text_is_a_bug() -> None:
 
 
 def test_the_explanation_holds_every_part_of_the_key() -> None:
-    parts = list(walk("k", 1, Params(), [("x", A)]))
+    parts = list(walk("k", 1, Params(), [("blk.0.attn_q.weight", A)]))
     assert explain(parts) == [
-        "manifest                 1",
-        "kind                     k",
-        "salt                     1",
-        "param bits               int 4",
-        "param names              []",
-        "param pure               bool false",
-        f"input x                  {A}",
+        "manifest                   1",
+        "kind                       k",
+        "salt                       1",
+        "param bits                 int 4",
+        "param names                []",
+        "param pure                 bool false",
+        f"input blk.0.attn_q.weight  {A}",
     ]
 
 
@@ -160,7 +160,8 @@ def test_a_kernel_whose_cache_was_cleared_is_compiled_again(project: Path) -> No
     assert warm.left(task) == task
     warm.run(task)
     assert warm.left(task) == warm.Task()
-    index, *compiled = (path for path in kernels.cache_files() if path.name.startswith("cast._cast-"))
+    kernels.warm(task.types)
+    index, *compiled = (path for path in kernels.called_files() if path.name.startswith("cast._cast-"))
     for path in (index, *compiled):
         aside = path.rename(path.with_suffix(".aside"))
         try:
@@ -168,3 +169,40 @@ def test_a_kernel_whose_cache_was_cleared_is_compiled_again(project: Path) -> No
         finally:
             aside.rename(path)
     assert warm.left(task) == warm.Task()
+
+
+def test_a_kernel_whose_cache_was_cleared_takes_no_other_type_with_it(project: Path) -> None:
+    """Of the types that one process compiled, in their order."""
+    task = warm.Task(("Q4_0", "TQ2_0"))
+    warm.run(task)
+    kernels.warm(["Q4_0"])
+    (index,) = (
+        path for path in kernels.called_files() if path.name.startswith("legacy._fit-") and path.suffix == ".nbi"
+    )
+    aside = index.rename(index.with_suffix(".aside"))
+    try:
+        assert warm.left(task) == warm.Task(("Q4_0",))
+    finally:
+        aside.rename(index)
+
+
+def test_a_gpu_kernel_counts_as_compiled_while_triton_has_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, version = project / "triton", warm.version
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    monkeypatch.setattr(warm, "version", lambda name: "3" if name == "triton" else version(name))
+    monkeypatch.setattr(warm, "import_module", lambda _name: None)
+    made = {"Q4_0": ["round", "pack"], "Q4_1": ["fit", "pack"], "Q5_0": ["round"]}
+
+    def compiled(_encode: None, kernel: warm.OnGpu) -> None:
+        for name in made[kernel.type]:
+            (cache / name).mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(warm, "_compare", compiled)
+    one, two, three = (warm.OnGpu(name, "F16", weighted=False) for name in made)
+    task = warm.Task(on_gpu=(one, two, three))
+    warm.run(task)
+    assert warm.left(task) == warm.Task()
+    (cache / "fit").rmdir()
+    assert warm.left(task) == warm.Task(on_gpu=(two,))
+    cache.rename(project / "cleared")
+    assert warm.left(task) == task

@@ -23,7 +23,7 @@ assert "numba" not in sys.modules
 import numpy as np
 assert kernels.first_nonfinite(np.zeros((1, 8), np.float32)) is None
 from qbuild.kernels import cast
-print("hits", sum(cast._first_nonfinite.stats.cache_hits.values()))
+print("hits", sum(cast._first_nonfinite.compiled.stats.cache_hits.values()))
 """
 
 
@@ -53,8 +53,8 @@ def test_read_only_weights_share_the_kernel():
     weights = np.frombuffer(np.ones(64, np.float32).tobytes(), np.float32)
     for imatrix in (None, weights):
         assert (kernels.quantize(x, "Q4_0", imatrix) == kernels.quantize(x.copy(), "Q4_0", imatrix)).all()
-    assert len(legacy._round.signatures) == 1
-    assert len(legacy._fit.signatures) == 1
+    assert len(legacy._round.compiled.signatures) == 1
+    assert len(legacy._fit.compiled.signatures) == 1
 
 
 def test_no_folder_for_a_cache_is_no_error(monkeypatch):
