@@ -57,17 +57,18 @@ def fail() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_error_of_writing_ends_what_comes_after_it(device: str) -> None:
+@pytest.mark.parametrize("behind_it", [True, False], ids=["of writing", "of its caller"])
+def test_an_error_ends_what_comes_after_it_and_keeps_what_was_made_before(device: str, behind_it: bool) -> None:
     done: list[int] = []
 
-    def write() -> None:
+    def work() -> None:
         with Behind(device) as behind:
             behind.do(lambda: done.append(1))
-            behind.do(fail)
+            behind.do(fail) if behind_it else fail()
             behind.do(lambda: done.append(2))
 
     with pytest.raises(OSError, match="disk full"):
-        write()
+        work()
     assert done == [1]
 
 
@@ -75,20 +76,6 @@ def test_an_error_of_writing_ends_what_comes_after_it(device: str) -> None:
 def test_an_error_of_the_last_writing_is_not_lost(device: str) -> None:
     with pytest.raises(OSError, match="disk full"), Behind(device) as behind:
         behind.do(fail)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_what_was_made_before_an_error_is_written(device: str) -> None:
-    done: list[int] = []
-
-    def write() -> None:
-        with Behind(device) as behind:
-            behind.do(lambda: done.append(1))
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        write()
-    assert done == [1]
 
 
 def test_one_thing_is_written_beside_its_caller_and_no_more() -> None:
