@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
     "pickle can run code while it loads, so it is never opened; convert the checkpoint once:\n"
-    'python -c "import sys; from transformers import AutoModelForCausalLM as M; '
+    '  python -c "import sys; from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[2])\" {source} NEW_DIRECTORY"
 )
 
@@ -118,7 +119,7 @@ def open_path(path: Path, source: str) -> Checkpoint:
     if path.suffix == ".safetensors":
         raise InputError(source, "one file is not a model: its config.json is needed", "model.source=DIRECTORY")
     if path.suffix in PICKLES:
-        raise InputError(source, "a pickled checkpoint", CONVERT.format(source=path.parent))
+        raise InputError(source, "a pickled checkpoint", CONVERT.format(source=shlex.quote(str(path.parent))))
     raise InputError(source, "neither a directory nor a .gguf file", "model.source=DIRECTORY or FILE.gguf")
 
 
@@ -197,7 +198,7 @@ def _shards(root: Path, source: str, index: Mapping[str, str] | None) -> list[Pa
         return [names[name] for name in found]
     pickles = [name for name, path in names.items() if path.suffix in PICKLES]
     if pickles:
-        raise InputError(source, f"only pickled weights ({pickles[0]})", CONVERT.format(source=source))
+        raise InputError(source, f"only pickled weights ({pickles[0]})", CONVERT.format(source=shlex.quote(source)))
     ggufs = [path for path in names.values() if path.suffix == ".gguf"]
     remedy = f"model.source={ggufs[0]}" if ggufs else "it needs config.json and *.safetensors, or name a .gguf file"
     raise InputError(source, "there are no weights in this directory", remedy)

@@ -26,12 +26,14 @@ WIDTH = 80  # columns of what people read
 
 
 def told(place: str, fact: str, remedy: str) -> str:
-    """Place and fact, then the remedy set in and wrapped: one may list every choice."""
+    """Place and fact, then the remedy set in and wrapped: one may list every choice. A line of it that is set in
+    already is a command to paste, and stays whole."""
     lines = [f"{place}: {fact}" if place else fact]
+    wrapper = textwrap.TextWrapper(
+        WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
     for line in remedy.splitlines():
-        lines += textwrap.wrap(
-            line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-        )
+        lines += [f"  {line}"] if line.startswith("  ") else wrapper.wrap(line)
     return "\n".join(lines)
 
 

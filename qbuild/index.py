@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sqlite3
 import threading
 import weakref
@@ -239,7 +240,7 @@ class Index:
         return StoreError(str(self.path), fact, "upgrade qbuild, or use another store: store.dir=DIRECTORY")
 
     def _corrupt(self, fact: str) -> StoreError:
-        remedy = f"remove it: rm {self.path}*\nfinished files are found again"
+        remedy = f"remove it, finished files are found again:\n  rm {shlex.quote(str(self.path))}*"
         return StoreError(str(self.path), f"the index is damaged: {fact}", remedy)
 
     @contextmanager

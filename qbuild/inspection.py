@@ -92,8 +92,8 @@ def _matches(plan: Plan, word: str) -> list[str]:
 def _explained(judge: Judge, plan: Plan, action: Action) -> dict[str, Any]:
     verdict = plan.verdicts[action.id]
     digests, missing = judge.inputs(action)
-    lines = explain_lines(manifest_parts(action, digests))
-    lines += [f"{f'input {role}':<24} not known yet: {why}" for role, why in missing.items()]
+    unknown = ((f"input {role}", f"not known yet: {why}") for role, why in missing.items())
+    lines = explain_lines([*manifest_parts(action, digests), *unknown])
     outputs = [str(d) for d in verdict.outputs]
     return {"action": action.id, "verdict": verdict.state, "why": verdict.why, "key": verdict.key,
             "outputs": outputs, "manifest": lines}  # fmt: skip

@@ -64,5 +64,7 @@ def action_key(parts: Iterable[tuple[str, str]]) -> str:
 
 
 def explain(parts: Iterable[tuple[str, str]]) -> list[str]:
-    """The same parts as readable lines."""
-    return [f"{name:<24} {value}" for name, value in parts]
+    """The same parts as readable lines, in two columns."""
+    rows = list(parts)
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in rows]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,12 +179,25 @@ def error(document: Document) -> str:
 def status(document: Document) -> str:
     """Outputs and how they stand, then the store."""
     store, outputs = document["store"], document["outputs"]
-    rows = [["output", "target", "state", "size"]]
-    rows += [[_short(o["path"]), o["target"], o["state"], format_size(o["bytes"])] for o in outputs]
+    together: dict[tuple[str, str], list[Document]] = {}
+    for output in outputs:  # the files of a directory are one output; one that is a file ends in .gguf
+        path = Path(output["path"])
+        name = _short(str(path)) if path.suffix == ".gguf" else f"{_short(str(path.parent))}/"
+        together.setdefault((name, output["target"]), []).append(output)
+    rows = [["output", "target", "state", "files", "size"]]
+    for (name, target), files in together.items():
+        size = format_size(sum(file["bytes"] for file in files))
+        rows.append([name, target, _states([file["state"] for file in files]), str(len(files)), size])
     lines = table(rows, left=3) if outputs else ["no outputs yet"]
     kept = f"{store['blobs']} files, {format_size(store['blob_bytes'])}"
     unfinished = f", {store['partials']} unfinished, {format_size(store['partial_bytes'])}" if store["partials"] else ""
     return _text([*lines, "", f"store {_short(store['dir'])}: {kept}{unfinished}"])
+
+
+def _states(states: Sequence[str]) -> str:
+    """How several files stand: the one state of all, else how many are in each."""
+    counts = Counter(states)
+    return states[0] if len(counts) == 1 else ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
 
 
 def verified(document: Document) -> str:

@@ -95,9 +95,8 @@ class _Hub:
         if not weights:
             pickled = any(n.endswith(PICKLES) for n in names)
             fact = "only pickled weights" if pickled else "no safetensors in it"
-            raise InputError(
-                self.repo, fact, CONVERT.format(source=self.repo) if pickled else "choose another repository"
-            )
+            remedy = CONVERT.format(source=self.repo) if pickled else "choose another repository"
+            raise InputError(self.repo, fact, remedy)
         aux = {
             name: Path(hf_hub_download(self.repo, name, revision=commit))
             for name in (*AUX, *fnmatch.filter(sorted(names), TEMPLATES))

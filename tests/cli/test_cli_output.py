@@ -110,11 +110,35 @@ def test_a_null_build_says_that_there_was_nothing_to_do_and_what_is_probably_not
     assert text.splitlines()[1].split()[-3:] == ["-", "-", "-"]
 
 
+def test_a_status_has_a_line_for_a_directory_and_not_for_each_of_its_files() -> None:
+    def output(path: str, target: str, state: str = "current") -> dict[str, Any]:
+        return {"path": f"/somewhere/{path}", "target": target, "state": state, "bytes": 1 << 20}
+
+    folder = [output("m-AWQ/model.safetensors", "awq"), output("m-AWQ/config.json", "awq")]
+    files = [*folder, output("m-Q8_0.gguf", "q8_0", "missing"), output("m-Q4_0.gguf", "q4_0")]
+    store = {"dir": "/s", "blobs": 4, "blob_bytes": 4 << 20, "partials": 0}
+    rows = [line.split("  ") for line in render.status({"store": store, "outputs": files}).splitlines()[:4]]
+    assert [[cell.strip() for cell in row if cell] for row in rows] == [
+        ["output", "target", "state", "files", "size"],
+        ["/somewhere/m-AWQ/", "awq", "current", "2", "2.0 MiB"],
+        ["/somewhere/m-Q8_0.gguf", "q8_0", "missing", "1", "1.0 MiB"],
+        ["/somewhere/m-Q4_0.gguf", "q4_0", "current", "1", "1.0 MiB"],
+    ]
+    folder[0]["state"] = "changed"
+    assert "1 changed, 1 current" in render.status({"store": store, "outputs": folder})
+
+
 def test_an_error_is_wrapped_below_its_place_and_fact() -> None:
     remedy = "did you mean q4_k_m?\nchoices: " + ", ".join(f"gguf/type_{n}" for n in range(40))
     lines = render.error({"place": "target=x", "fact": "there is none", "remedy": remedy}).splitlines()
     assert lines[:2] == ["qbuild: target=x: there is none", "  did you mean q4_k_m?"]
     assert max(map(len, lines)) <= 80
+
+
+def test_a_command_to_paste_stays_on_one_line() -> None:
+    command = f"rm '/a folder/{'long/' * 20}index.sqlite'*"
+    text = render.error({"place": "x", "fact": "is damaged", "remedy": f"remove it:\n  {command}"})
+    assert text == f"qbuild: x: is damaged\n  remove it:\n    {command}\n"
 
 
 @pytest.mark.parametrize(
