@@ -27,8 +27,6 @@ class ActionResult:
 
     kind: str
     outputs: tuple[Digest, ...]
-    seconds: float = 0.0
-    peak_rss: int = 0
     inputs: tuple[Digest, ...] = ()
     about: tuple[Digest, ...] = ()
 
@@ -50,12 +48,12 @@ class ActionCache:
 
     def find(self, key: str) -> ActionResult | None:
         """The result, whether or not its outputs are still there."""
-        query = "SELECT kind, outputs, seconds, peak_rss, inputs, about FROM results WHERE key = ? AND created >= ?"
+        query = "SELECT kind, outputs, inputs, about FROM results WHERE key = ? AND created >= ?"
         with self.store.index.reading() as db:
             row = db.execute(query, (key, self.since)).fetchone()
         if row is None:
             return None
-        return ActionResult(row[0], _digests(row[1]), row[2], row[3], _digests(row[4]), _digests(row[5]))
+        return ActionResult(row[0], *map(_digests, row[1:]))
 
     def put(self, key: str, result: ActionResult) -> None:
         self.put_many([(key, result)])
@@ -68,7 +66,7 @@ class ActionCache:
                 raise ValueError(f"BUG: a result of {result.kind} without outputs")
             rows.append(_row(key, result, self.store.clock()))
         with self.store.index.writing() as db:
-            db.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            db.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def forget(self, key: str) -> None:
         with self.store.index.writing() as db:
@@ -103,7 +101,7 @@ class ActionCache:
 def _row(key: str, result: ActionResult, created: int) -> tuple[Any, ...]:
     lists = (result.outputs, result.inputs, result.about)
     outputs, inputs, about = (json.dumps([str(digest) for digest in digests]) for digests in lists)
-    return key, result.kind, outputs, inputs, result.seconds, result.peak_rss, about, created
+    return key, result.kind, outputs, inputs, about, created
 
 
 def _digests(text: str) -> tuple[Digest, ...]:

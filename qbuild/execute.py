@@ -257,7 +257,7 @@ class _Build:
             inputs += self.judge.verdicts[target.fitted].outputs
         if getattr(self.resolved.config.targets[target.name], "imatrix", None) == AUTO:
             inputs += self.judge.verdicts[MATRIX].outputs  # its values key the tensors
-        self.cache.put(verdict.key, ActionResult(file.KIND, outputs, done.seconds, done.peak, inputs=inputs))
+        self.cache.put(verdict.key, ActionResult(file.KIND, outputs, inputs))
         counts = {"hit": sum(part.reused for part in parts), "run": sum(part.computed for part in parts)}
         self.results[target.name] = self._result(target, outputs, self._deliver(target, outputs), counts, done.seconds)
 

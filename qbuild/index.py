@@ -21,7 +21,7 @@ from qbuild.fsutil import FileLock, disk_error, may_write
 
 __all__ = ["SCHEMA_VERSION", "Index"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_SECONDS = 60.0
 
 # files: a blob, or a partial (a file that is still written, named by its plan), or for a moment both: `blob` is set
@@ -46,8 +46,8 @@ CREATE TABLE source_digests (
   PRIMARY KEY (source, offset)
 ) WITHOUT ROWID;
 CREATE TABLE results (
-  key TEXT PRIMARY KEY, kind TEXT NOT NULL, outputs TEXT NOT NULL, inputs TEXT NOT NULL, seconds REAL NOT NULL,
-  peak_rss INTEGER NOT NULL, about TEXT NOT NULL, created INTEGER NOT NULL
+  key TEXT PRIMARY KEY, kind TEXT NOT NULL, outputs TEXT NOT NULL, inputs TEXT NOT NULL, about TEXT NOT NULL,
+  created INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE hints (key TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE rates (id INTEGER PRIMARY KEY, name TEXT NOT NULL, per_second REAL NOT NULL);
@@ -70,6 +70,15 @@ UPGRADES = {
           SELECT key, kind, outputs, inputs, seconds, peak_rss, replace(meta, '{}', '[]'), created FROM before""",
         "DROP TABLE before",
         "DROP TABLE peaks",
+    ),
+    2: (
+        "ALTER TABLE results RENAME TO before",
+        """CREATE TABLE results (
+          key TEXT PRIMARY KEY, kind TEXT NOT NULL, outputs TEXT NOT NULL, inputs TEXT NOT NULL, about TEXT NOT NULL,
+          created INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        "INSERT INTO results SELECT key, kind, outputs, inputs, about, created FROM before",
+        "DROP TABLE before",
     ),
 }
 

@@ -78,7 +78,7 @@ def read_metadata(made: Plan, jobs: Jobs, judge: Judge) -> Verdict:
             checkpoint = made.resolved.checkpoint
             task = metadata.Task(checkpoint, made.resolved.config.model.name, judge.files(action))
             done = jobs.run(metadata.KIND, "metadata", task, metadata.ram(checkpoint.aux))
-            result = ActionResult(metadata.KIND, (made.store.put_bytes(done.value),), done.seconds, done.peak)
+            result = ActionResult(metadata.KIND, (made.store.put_bytes(done.value),))
             cache.put(key, result)
     return Verdict("run", "made", key, result.outputs)
 
@@ -225,7 +225,7 @@ class Stage:
                 rows=self.calibration.rows,
             )
             done = self.jobs.run(step.kind, action.id, task, step.ram, step.vram)
-            self.cache.put(self._key(action), ActionResult(step.kind, (done.value,), done.seconds, done.peak))
+            self.cache.put(self._key(action), ActionResult(step.kind, (done.value,)))
             self._note(action.id, done.value)
             seconds += done.seconds
         return seconds

@@ -258,7 +258,6 @@ class _Open:
     task: TensorTask
     wants: list[Want]
     locks: ExitStack
-    started: float
     digests: list[Digest]
     hashers: list[Hasher]
 
@@ -336,7 +335,7 @@ class Pass:
                 self._progress(task, 1, task.nbytes)
                 return
             hashers = [Hasher(self.hash_threads) for _ in todo]
-            work = _Open(task, todo, locks, time.monotonic(), [], hashers)
+            work = _Open(task, todo, locks, [], hashers)
             for chunk, hashed in self._chunks(work, reader, hashing):
                 self.ready.put((work, chunk, pool.submit(self._encode, chunk, todo), hashed))
                 if self.failure is not None:
@@ -525,14 +524,13 @@ class Pass:
         self._progress(work.task, int(chunk.last), chunk.raw.nbytes)
 
     def _finish(self, work: _Open) -> None:
-        seconds = time.monotonic() - work.started
         for want, hasher in zip(work.wants, work.hashers, strict=True):
             digest = hasher.digest()
             for index, offset in want.places:
                 self.outputs[index].finish_tensor(offset, digest.size, digest)
                 self.outputs[index].computed += 1
             key = key_of(want, work.digests)
-            self.cache.put(key, ActionResult(tensor.KIND, (digest,), seconds))
+            self.cache.put(key, ActionResult(tensor.KIND, (digest,)))
             self.cache.note_hint(hint_of(work.task.name, work.task.nbytes, want.params.type))
             self.tally.computed += 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 from qbuild import inputs
@@ -25,7 +24,7 @@ CHUNK = 4 << 20
 
 
 def run(task: Task, store: Store, emit: Emit) -> Made:
-    began, scratch = time.monotonic(), task.scratch
+    scratch = task.scratch
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir(parents=True)
     ids = Packed.from_bytes(needed(store, task.tokens)).ids.tolist()
@@ -39,7 +38,7 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
         outputs = put(task.directory, task.copies, output, task.key, store, emit)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    ActionCache(store).put(task.key, ActionResult(KIND, outputs, time.monotonic() - began, inputs=(task.tokens,)))
+    ActionCache(store).put(task.key, ActionResult(KIND, outputs, inputs=(task.tokens,)))
     nbytes = sum(file.size for file in task.checkpoint.files)
     return Made(outputs[0], nbytes, sum(file.size for file in task.directory.files))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 from qbuild import fit, imatrix
 from qbuild.actions.choice import KIND, Params, Task
@@ -18,7 +17,6 @@ __all__ = ["run"]
 
 
 def run(task: Task, store: Store, _emit: Emit) -> Digest:
-    began = time.monotonic()
     kvs = unpack(needed(store, task.metadata))
     called = task.params.imatrix or ""
     matrix = imatrix.parse(called, content(store, task.matrix)) if task.matrix else None
@@ -26,7 +24,7 @@ def run(task: Task, store: Store, _emit: Emit) -> Digest:
     header = sum(len(kv.raw) for kv in quantized_kvs(kvs, 0, noted))
     found = fit.fitted(_tensors(task.params, task, store), header, task.params.max_bytes, f"targets.{task.target}")
     made = store.put_bytes(json.dumps(found, separators=(",", ":")).encode())
-    result = ActionResult(KIND, (made,), time.monotonic() - began, inputs=tuple(d for _, _, d in task.damages))
+    result = ActionResult(KIND, (made,), inputs=tuple(d for _, _, d in task.damages))
     ActionCache(store).put(task.key, result)
     return made
 

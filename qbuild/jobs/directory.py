@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from qbuild.actions.directory import KIND, Made, Task
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.checkpoint import Reader
@@ -17,13 +15,11 @@ __all__ = ["run"]
 
 
 def run(task: Task, store: Store, emit: Emit) -> Made:
-    began = time.monotonic()
-
     def solved(layer: int) -> Solved:
         return Solved.from_bytes(needed(store, task.solved[layer]))
 
     with Reader(task.checkpoint.files) as reader:
         get = Contents(task.checkpoint, reader, task.scheme, solved)
         outputs = put(task.directory, task.copies, get, task.key, store, emit)
-    ActionCache(store).put(task.key, ActionResult(KIND, outputs, time.monotonic() - began))
+    ActionCache(store).put(task.key, ActionResult(KIND, outputs))
     return Made(outputs[0], reader.bytes_read, sum(file.size for file in task.directory.files))

@@ -45,14 +45,12 @@ def run(task: Task, store: Store, emit: Emit) -> dict[str, Digest]:
         states = _states(task, wanted, source, store, cache)
         progress(1, "the source")
         for number, target in enumerate(task.targets, start=2):
-            start = time.monotonic()
             with ExitStack() as stack:
                 model = _target(target, task, stored, store, stack)
                 found: dict[str, Any] = evaluator.evaluate(wanted, source, states, model).to_json()
                 found["weights"] = evaluator.weight_errors(source, model, matrices, scaled=_scaled(target, task))
             made[target.name] = store.put_bytes(json.dumps(found).encode())
-            spent, about = time.monotonic() - start, target.digests[:1]
-            cache.put(target.key, ActionResult(RESULT, (made[target.name],), spent, about=about))
+            cache.put(target.key, ActionResult(RESULT, (made[target.name],), about=target.digests[:1]))
             del model
             gc.collect()  # hooks of a model are in cycles, and its tensors with them
             trim()
@@ -65,10 +63,9 @@ def _states(task: Task, wanted: evaluator.Task, source: Tensors, store: Store, c
     if task.states is not None:
         found = torch.frombuffer(bytearray(needed(store, task.states)), dtype=dtype)
         return found.view(*wanted.tokens.shape, -1)
-    began = time.monotonic()
     states = evaluator.states(wanted, source)
     digest = store.put_bytes(memoryview(states.view(torch.uint8).numpy().reshape(-1)))
-    cache.put(task.key, ActionResult(STATES, (digest,), time.monotonic() - began))
+    cache.put(task.key, ActionResult(STATES, (digest,)))
     return states
 
 

@@ -62,7 +62,7 @@ class _Chain:
         self.cache = ActionCache(store)
         self.prefix = layer_prefix(task.checkpoint.config, task.checkpoint.tensors)
         self.outputs: dict[str, Digest] = {}
-        self.began = self.since = time.monotonic()
+        self.began = time.monotonic()
 
     def known(self, layer: int) -> Quantized:
         made = self.task.items[layer].made
@@ -76,8 +76,7 @@ class _Chain:
         solved = self._solved(item, collector)
         torch.set_num_threads(1)
         made = self.outputs[item.id] = self.store.put_bytes(solved.to_bytes())
-        spent, self.since = time.monotonic() - self.since, time.monotonic()
-        self.cache.put(item.key, ActionResult(KIND, (made,), spent, inputs=(self.task.tokens,)))
+        self.cache.put(item.key, ActionResult(KIND, (made,), inputs=(self.task.tokens,)))
         times = {"read": 0.0, "hash": time.monotonic() - self.began}
         event = {"event": "progress", "tensors": layer + 1, "bytes": layer + 1, "current": f"layer {layer}"}
         self.emit(event | {"seconds": times})

@@ -46,19 +46,19 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
         def load(item: Item) -> _Loaded:
             return Statistics.from_bytes(needed(store, item.statistics)), {name: read(name) for name in item.tensors}
 
-        def save(item: Item, data: bytes, seconds: float) -> None:
+        def save(item: Item, data: bytes) -> None:
             made[item.id] = store.put_bytes(data)
-            cache.put(item.key, ActionResult(KIND, (made[item.id],), seconds))
+            cache.put(item.key, ActionResult(KIND, (made[item.id],)))
             number, times = len(made), {"read": 0.0, "hash": time.monotonic() - began}
             current = f"layer {item.params.layer}"
             emit({"event": "progress", "tensors": number, "bytes": number, "current": current, "seconds": times})
 
         with Ahead(load, device) as loading, Behind(device) as saving:
             for number, item in enumerate(task.items, start=1):
-                start, loaded = time.monotonic(), loading(item)
+                loaded = loading(item)
                 loading.expect(task.items[number : number + 1])
                 data = _solve(item, task, f"{prefix}{item.params.layer}.", *loaded).to_bytes()
-                saving.do(partial(save, item, data, time.monotonic() - start))
+                saving.do(partial(save, item, data))
                 del loaded, data  # before the next is read
                 trim()
     return Made(made, read.reader.bytes_read)

@@ -29,7 +29,7 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
                 emit({"event": "message", "level": "warning", "text": notice})
             made[layer] = store.put_bytes(data)
             seconds[layer] = spent
-            cache.put(task.keys[layer], ActionResult(KIND, (made[layer],), spent, inputs=(task.tokens,)))
+            cache.put(task.keys[layer], ActionResult(KIND, (made[layer],), inputs=(task.tokens,)))
             progress(layer + 1, f"layer {layer}")
 
         def progress(done: int, current: str) -> None:

@@ -282,7 +282,7 @@ def test_distinct_keyspaces(store: Store):
 def test_result_is_served_only_while_its_outputs_are_there(store: Store):
     cache = ActionCache(store)
     whole, slices, _ = packed(store)
-    result = ActionResult("k", (slices[0], whole), 1.5, 7, (slices[1],), (slices[2],))
+    result = ActionResult("k", (slices[0], whole), (slices[1],), (slices[2],))
     cache.put("key", result)
     cache.put("key", result)
     assert cache.get("key") == result
@@ -450,7 +450,7 @@ CREATE TABLE results (
   key TEXT PRIMARY KEY, kind TEXT NOT NULL, outputs TEXT NOT NULL, inputs TEXT NOT NULL, seconds REAL NOT NULL,
   peak_rss INTEGER NOT NULL, versions TEXT NOT NULL, meta TEXT NOT NULL, created INTEGER NOT NULL
 ) WITHOUT ROWID;
-INSERT INTO results SELECT key, kind, outputs, inputs, seconds, peak_rss, '{}', about, created FROM now;
+INSERT INTO results SELECT key, kind, outputs, inputs, 1.5, 7, '{}', about, created FROM now;
 DROP TABLE now;
 UPDATE results SET meta = '{}' WHERE key = 'old';
 CREATE TABLE peaks (
@@ -474,7 +474,7 @@ def test_an_index_of_an_older_version_is_brought_up_to_date_and_keeps_all(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ):
     whole, told = store.put_bytes(b"x"), store.put_bytes(b"told")
-    old, about = ActionResult("k", (whole,), 1.5, 7), ActionResult("e", (told,), about=(whole,))
+    old, about = ActionResult("k", (whole,)), ActionResult("e", (told,), about=(whole,))
     ActionCache(store).put_many([("old", old), ("about", about)])
     store.close()
     with sqlite3.connect(store.root / "index.sqlite") as db:
