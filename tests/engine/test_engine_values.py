@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from qbuild.budget import Remedy, format_size, parse_size, refuse
 from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import ConfigError
 from qbuild.graph import Action, Graph, Output, Source
+from qbuild.kernels import columns
 from qbuild.manifest import action_key, explain, walk
 
 
@@ -155,13 +157,22 @@ def test_a_compilation_that_is_interrupted_keeps_the_kernels_that_were_done(
     assert warm.left(warm.Task(("Q4_K",))).names == ()
 
 
-def test_a_kernel_whose_cache_was_cleared_is_compiled_again(project: Path) -> None:
-    task = warm.Task(("F16",))
+@pytest.mark.parametrize(
+    ("task", "used", "name"),
+    [
+        (warm.Task(("F16",)), lambda: kernels.warm(["F16"]), "cast._cast-"),
+        (warm.Task(columns=True), columns.warm, "columns.improve-"),
+    ],
+    ids=["a cast", "the loops of GPTQ"],
+)
+def test_a_kernel_whose_cache_was_cleared_is_compiled_again(
+    task: warm.Task, used: Callable[[], None], name: str, project: Path
+) -> None:
     assert warm.left(task) == task
     warm.run(task)
     assert warm.left(task) == warm.Task()
-    kernels.warm(task.types)
-    index, *compiled = (path for path in kernels.called_files() if path.name.startswith("cast._cast-"))
+    used()
+    index, *compiled = (path for path in kernels.called_files() if path.name.startswith(name))
     for path in (index, *compiled):
         aside = path.rename(path.with_suffix(".aside"))
         try:
