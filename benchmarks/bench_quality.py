@@ -20,7 +20,9 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -237,7 +239,9 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.layers:
         args.model = cut(args.model, args.layers, args.work / "model")
-    (args.work / "calibration.json").write_text(json.dumps(tokens(args, args.calibration, args.samples)))
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # what this process holds would be a child's peak too
+        ids = apart.submit(tokens, args, args.calibration, args.samples).result()
+    (args.work / "calibration.json").write_text(json.dumps(ids))
     for name in args.names or JOBS:
         job, folder = JOBS[name], args.work / name
         if (folder / "cost.json").is_file():
