@@ -91,15 +91,19 @@ def weight_errors(source: Tensors, model: Tensors, names: Iterable[str], *, scal
     """
     sums: dict[str, tuple[float, float]] = {}
     for name in names:
-        before, after = source.read(name), model.read(name)
-        before, after = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (before, after))
-        if scaled is not None and name.startswith(scaled):
-            after = _unscaled(before.float(), after)
         of = re.sub(r"\.experts\.\d+\.", ".experts.", name)
         lost, whole = sums.get(of, (0.0, 0.0))
-        more, all_of_it = _squares(before, after)
+        more, all_of_it = _compared(source, model, name, scaled=scaled is not None and name.startswith(scaled))
         sums[of] = lost + more, whole + all_of_it
     return {name: lost / whole if lost else 0.0 for name, (lost, whole) in sums.items()}
+
+
+def _compared(source: Tensors, model: Tensors, name: str, *, scaled: bool) -> tuple[float, float]:
+    """‖W - Ŵ‖² and ‖W‖² of one tensor, which is in memory here alone."""
+    before, after = (one.read(name).flatten(0, -2) for one in (source, model))
+    if scaled:
+        after = _unscaled(before.float(), after.float())
+    return _squares(before, after)
 
 
 def _squares(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +193,29 @@ def test_scales_that_awq_moved_elsewhere_are_no_error(noise: float, source: Tens
     share = 1 - sum(exact.shape) / exact.numel()
     assert found == pytest.approx(share * float(lost.square().sum() / exact.square().sum()), rel=0.02)
     assert weight_errors(source, scaled, [name])[name] > 0.5
+
+
+def test_a_matrix_that_was_scaled_but_not_quantized_is_compared_too(source: Tensors) -> None:
+    """A router, whose columns follow the norm before it, is stored in 16 bits."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    scaled = Tensors(source.names, lambda n: (2 * source.read(n)).bfloat16())
+    assert weight_errors(source, scaled, [name], scaled="model.layers.") == {name: pytest.approx(0, abs=1e-5)}
+
+
+def test_weights_are_compared_one_tensor_at_a_time(source: Tensors) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def read(name: str) -> torch.Tensor:
+        if len(held) % 2 == 0:
+            assert [other for other in held if other() is not None] == []
+        tensor = source.read(name).clone()
+        held.append(weakref.ref(tensor))
+        return tensor
+
+    names = [name for name in source.names if name.startswith("model.layers.0.mlp.")]
+    model = Tensors(source.names, read)
+    assert set(weight_errors(model, model, names).values()) == {0.0}
+    assert len(held) == 2 * len(names) > 2
 
 
 def test_experts_of_a_layer_count_as_one() -> None:
