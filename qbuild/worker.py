@@ -120,14 +120,16 @@ class _Watch:
 
     def __init__(self, job: Job, process: subprocess.Popen[bytes], on_event: Emit) -> None:
         self.job, self.process, self.on_event = job, process, on_event
-        self.peak = self.rss = 0
+        self.peak = self.rss = self.seen = 0
         self.warned = self.stopped = False
 
     def event(self, event: dict[str, Any]) -> None:
         self.on_event(event | {"rss": self.rss})
 
     def look(self) -> None:
-        self.rss = machine.tree_rss(self.process.pid)
+        """What is seen twice counts: a process that was forked shows its parent's memory until it has its own."""
+        before, self.seen = self.seen, machine.tree_rss(self.process.pid)
+        self.rss = min(before, self.seen)
         self.peak = max(self.peak, self.rss)
         if self.rss > self.job.limit and not self.stopped:
             self.stopped = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ def test_what_torch_takes_of_a_device_comes_in_pieces() -> None:
     mib = 1 << 20  # kSmallSize, kSmallBuffer, kMinLargeAlloc, kLargeBuffer and kRoundLarge of its allocator
     sizes = {1: 2, mib: 2, mib + 1: 20, 10 * mib - 1: 20, 10 * mib: 10, 10 * mib + 1: 12}
     assert {nbytes: vram.reserved(nbytes) // mib for nbytes in sizes} == sizes
+
+
+@pytest.mark.parametrize(("looks", "peak", "stopped"), [((90, 180, 91, 95), 91, False), ((90, 180, 170), 170, True)])
+def test_a_compiler_that_a_worker_starts_is_not_counted_with_the_memory_it_is_forked_with(
+    looks: tuple[int, ...], peak: int, stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter(looks)
+    monkeypatch.setattr(machine, "tree_rss", lambda _: next(seen))
+    process = subprocess.Popen(["sleep", "60"])
+    watch = worker._Watch(worker.Job("", "", None, Path(), 0, limit=120), process, lambda _: None)
+    for _ in looks:
+        watch.look()
+    process.kill()
+    process.wait()
+    assert (watch.peak, watch.stopped) == (peak, stopped)
 
 
 def test_a_worker_over_its_device_budget_says_what_was_predicted_and_what_helps() -> None:
