@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Protocol
 
 from qbuild import machine
@@ -175,6 +176,8 @@ class _Planner:
         self.room, self.vram = budget.ram - PARENT_RAM, budget.vram - CONTEXT
         self.model, self.cuda = calibration.model, calibration.device == "cuda"
         self.shapes = {name: tensor.shape for name, tensor in resolved.checkpoint.tensors.items()}
+        largest = max(resolved.checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
+        self.dtype, self.stored = largest.dtype, largest.nbytes // prod(largest.shape)
         self.torch = shapes.BASE_CUDA - shapes.BASE if machine.has_torch() else 0  # more to load, on a CPU too
 
     def check(self, made: Sequence[Step]) -> None:
@@ -319,17 +322,26 @@ class _Planner:
     def _propagation(self, step: shapes.Step) -> extent.Device:
         config = self.resolved.checkpoint.config
         if self.cuda:
-            return extent.device_propagation(config, self.shapes, self.model, step)
+            return extent.device_propagation(config, self.shapes, self.model, step, self._propagated_codes)
         return extent.Device(self.torch + extent.propagation_ram(config, self.shapes, self.model, step), 0)
 
+    @property
+    def _propagated_codes(self) -> int:
+        """Bytes of the largest layer that is quantized with error propagation."""
+        asked = (a.params.rounding for a in self.resolved.graph.actions.values() if a.kind == propagate.KIND)
+        sizes: list[int] = [self.model.layers[one.layer].code_bytes(one.bits, one.group_size) for one in asked]
+        return max(sizes)
+
     def _solving(self, layer: extent.LayerShape, params: solve.Params, threads: int) -> extent.Device:
+        way = extent.Way(params.rounding, params.scaled, self.stored)
         if self.cuda:
-            return extent.device_solve(layer, params.rounding, layer.code_bytes(params.bits, params.group_size))
-        return extent.Device(self.torch + extent.solve_ram(layer, params.rounding, threads), 0)
+            return extent.device_solve(layer, way, layer.code_bytes(params.bits, params.group_size))
+        more = shapes.TORCH_CUDA if machine.has_torch() else 0
+        return extent.Device(more + extent.solve_ram(layer, way, threads), 0)
 
     def _step(self, samples: int, threads: int, spill: bool) -> shapes.Step:
         wanted, gram = self.resolved.config.calibration, self.calibration.detail == "gram"
-        return shapes.Step(samples, int(wanted.length), wanted.dtype, gram, spill, threads=threads)
+        return shapes.Step(samples, int(wanted.length), wanted.dtype, gram, spill, self.stored, threads)
 
     def solve(self, todo: list[Action]) -> Step:
         layers = [(self.model.layers[a.params.layer], a.params) for a in todo]
@@ -430,7 +442,9 @@ class _Planner:
     def directories(self, todo: list[Action]) -> Step:
         made = {a.id for a in todo}
         targets = [t for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.action in made]
-        ram = self.torch + directory.RAM + 4 * max(layer.weights for layer in self.model.layers)
+        schemes = {t.scheme for t in targets if t.scheme is not None}
+        held = max(one.unpacking_bytes(s.bits, s.group_size) for one in self.model.layers for s in schemes)
+        ram = held + (directory.RAM_CUDA if machine.has_torch() else directory.RAM)
         size = sum(t.nbytes for t in targets)
         planned = [t.directory for t in targets if t.directory is not None]
         read = sum(self._bytes(i.source for file in one.files for i in file.items if not i.linear) for one in planned)
@@ -472,10 +486,13 @@ class _Planner:
         text = footprint.Text(int(wanted.samples), int(wanted.length), wanted.dtype)
         fitted = {t.name for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.limit is not None}
         files = not fitted.union(t.name for t in self.resolved.files).isdisjoint(todo)
+        made = [t.scheme for t in self.resolved.targets if isinstance(t, CalibratedTarget) and t.name in todo]
+        held = {scheme.dtype for scheme in made if scheme is not None} | ({"F32"} if files else set())
 
         def needs(text: footprint.Text) -> extent.Device:
             if self.cuda:
-                return footprint.on_device(checkpoint.config, self.shapes, text, dequantized=files)
+                args = checkpoint.config, self.shapes, text
+                return footprint.on_device(*args, source=self.dtype, targets=held)
             ram = footprint.evaluation(checkpoint.config, self.shapes, text, dequantized=files)
             return extent.Device(self.torch + ram, 0)
 

@@ -17,6 +17,7 @@ __all__ = [
     "Device",
     "LayerShape",
     "ModelShape",
+    "Way",
     "device_forward",
     "device_propagation",
     "device_reverse",
@@ -37,6 +38,7 @@ SOLVED_ROWS = 320  # of a linear that a thread rounds at a time: whole vectors o
 SWEEPS = 3  # of coordinate descent
 TRIED_COPIES, ROUNDED_COPIES, CLIPPED_COPIES = 6, 8, 28  # float32, of the rows that threads are at, freed ones too
 FACTORED_COPIES = 6  # float32, of the widest Gram matrix
+PACKED = (2, 4)  # bits of codes that are stored packed into bytes
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,13 @@ class LayerShape:
         total = 0
         for out, cols in self.sizes:
             groups = 1 if group_size == -1 else -(-cols // group_size)
-            total += out * cols * (bits if bits in (2, 4) else 8) // 8 + 3 * out * groups
+            total += out * cols * (bits if bits in PACKED else 8) // 8 + 3 * out * groups
         return total
+
+    def unpacking_bytes(self, bits: int, group_size: int) -> int:
+        """Of reading these codes: as they were stored twice, and unpacked, with a part of the largest linear's."""
+        unpacked = sum(out * cols for out, cols in self.sizes) if bits in PACKED else 0
+        return 2 * self.code_bytes(bits, group_size) + unpacked + max(out * cols for out, cols in self.sizes)
 
 
 @dataclass(frozen=True)
@@ -145,22 +152,38 @@ def _reverse(
     return max(shapes.reverse_footprint(config, tensors, model.prefix, layer, step) for layer in layers)
 
 
-def solve_ram(layer: LayerShape, rounding: str, threads: int) -> int:
-    """Predicted peak bytes of the worker that quantizes a layer; ``rounding``: gptq or nearest."""
-    loops = LOOPS_RAM if rounding == "gptq" else 0
-    return TORCH_RAM + loops + layer.statistics_bytes("gram") + _solving(layer, rounding, threads)
+@dataclass(frozen=True)
+class Way:
+    """How a layer is quantized: ``rounding`` gptq or nearest, ``moved``: not the weights themselves but scaled ones.
+    ``stored``: bytes of a weight in the checkpoint."""
+
+    rounding: str
+    moved: bool = True
+    stored: int = 2
+
+    @property
+    def held(self) -> int:
+        """Bytes of a weight: as it is stored, as float32 where that is not the same tensor, as a code, and one that is
+        lost between them."""
+        return self.stored + (4 if self.moved or self.stored != 4 else 0) + 2
 
 
-def _solving(layer: LayerShape, rounding: str, threads: int) -> int:
-    """Weights as they are stored, as float32 and as codes, a byte of each lost between them, Gram matrices, and the
-    larger of what follows one another: scales that are tried, a thread each, or a matrix that is factored, and rows
-    that threads round by it."""
+def solve_ram(layer: LayerShape, way: Way, threads: int) -> int:
+    """Predicted peak bytes of the worker that quantizes a layer."""
+    loops = LOOPS_RAM if way.rounding == "gptq" else 0
+    return TORCH_RAM + loops + layer.statistics_bytes("gram") + _solving(layer, way, threads)
+
+
+def _solving(layer: LayerShape, way: Way, threads: int) -> int:
+    """Weights and codes, Gram matrices, and the larger of what follows one another: scales that are tried, a thread
+    each, or a matrix that is factored, and rows that threads round by it."""
+    rounding = way.rounding
     tried = TRIED_COPIES * max(_in_hand(out, cols, threads) for out, cols in layer.sizes)
     copies = ROUNDED_COPIES if rounding == "gptq" else CLIPPED_COPIES
     stacks = [size for size in _stacked(layer) if prod(size) <= shapes.STACKED] if rounding == "gptq" else []
     rounded = copies * max(_in_hand(out, cols, threads) for out, cols in (*layer.sizes, *stacks))
     factored = FACTORED_COPIES * max(cols for _, cols in layer.sizes) ** 2 if rounding == "gptq" else 0
-    return 8 * layer.weights + shapes.gram_bytes(layer.linears) + 4 * max(tried, factored + rounded)
+    return way.held * layer.weights + shapes.gram_bytes(layer.linears) + 4 * max(tried, factored + rounded)
 
 
 def _stacked(layer: LayerShape) -> list[tuple[int, int]]:
@@ -182,7 +205,7 @@ def propagation_ram(
     found = []
     for layer in model.layers:
         comparing = shapes.comparison_footprint(config, tensors, model.prefix, layer.index, step)
-        solving = _solving(layer, "gptq", step.threads) + shapes.gram_bytes(layer.linears)
+        solving = _solving(layer, Way("gptq", stored=step.stored), step.threads) + shapes.gram_bytes(layer.linears)
         found.append(max(comparing, solving) + min(comparing, solving, SMALL))
     return shapes.BASE + LOOPS_RAM + shapes.held_states(config, step, 2) + max(found)
 
@@ -198,50 +221,59 @@ class Device:
 def device_forward(
     config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step
 ) -> Device:
-    """Of the worker that runs the forward pass."""
-    ahead = step.stored * max(layer.weights for layer in model.layers)  # the next layer
-    ram = shapes.device_ram(tensors, step) + shapes.held_states(config, step) + ahead
-    saving = max(layer.statistics_bytes("gram" if step.gram else "diagonal") for layer in model.layers)
+    """Of the worker that runs the forward pass: its embedding is in RAM first, then a layer that is read ahead, half of
+    the one that is on its way to the device (measured: up to a quarter), and the statistics that are saved."""
+    ahead = 3 * step.stored * max(layer.weights for layer in model.layers) // 2
+    saving = 2 * max(layer.statistics_bytes("gram" if step.gram else "diagonal") for layer in model.layers)
+    reading = max(_embedding(tensors, step), ahead + saving)
     found = (shapes.device_footprint(config, tensors, model.prefix, layer.index, step) for layer in model.layers)
-    return Device(ram + 2 * saving, max(found))
+    return Device(shapes.device_base(tensors, step.dtype) + shapes.held_states(config, step) + reading, max(found))
+
+
+def _embedding(tensors: Mapping[str, tuple[int, ...]], step: shapes.Step) -> int:
+    """What the largest tensor takes more than the kernels that are loaded after it."""
+    return step.stored * max(map(prod, tensors.values())) - shapes.UNLOADED
 
 
 def device_reverse(
     config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step
 ) -> Device:
     """Of the worker that runs the pass back through the model, one window after another."""
-    ram = shapes.device_ram(tensors, step) + shapes.state_bytes(config, step)
+    reading = step.stored * max(map(prod, tensors.values()))
+    ram = shapes.device_base(tensors, step.dtype) + shapes.state_bytes(config, step) + reading
     return Device(ram, shapes.CUBLAS + _reverse(config, tensors, model, replace(step, threads=1)))
 
 
-def device_solve(layer: LayerShape, rounding: str, codes: int) -> Device:
-    """Of the worker that quantizes a layer to so many bytes of ``codes``; ``rounding``: gptq or nearest."""
+def device_solve(layer: LayerShape, way: Way, codes: int) -> Device:
+    """Of the worker that quantizes a layer to so many bytes of ``codes``."""
     statistics = layer.statistics_bytes("gram")
-    reading = statistics + max(statistics, 2 * layer.weights)  # of the next layer too
-    ram = shapes.BASE_DEVICE + 2 * reading + 4 * codes  # those of the layer before are being written
-    return Device(ram, shapes.CUBLAS + _solving_device(layer, rounding))
+    reading = statistics + max(statistics, way.stored * layer.weights)  # of the next layer too
+    base = shapes.BASE_DEVICE - (0 if way.rounding == "gptq" else shapes.FACTORING)
+    ram = base + 2 * reading + 4 * codes  # those of the layer before are being written
+    return Device(ram, shapes.WORKSPACES + _solving_device(layer, way))
 
 
 def device_propagation(
-    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], model: ModelShape, step: shapes.Step, codes: int
 ) -> Device:
-    """Of the worker that quantizes layers with error propagation."""
-    largest = max(layer.weights for layer in model.layers)
-    ram = shapes.device_ram(tensors, step) + shapes.held_states(config, step, 2) + 3 * largest
+    """Of the worker that quantizes layers with error propagation, each to so many bytes of ``codes`` at most."""
+    reading = max(_embedding(tensors, step), 3 * codes)
+    ram = shapes.device_base(tensors, step.dtype) + shapes.PROPAGATING + shapes.held_states(config, step, 2) + reading
+    way = Way("gptq", stored=step.stored)
     found = [
         max(
             shapes.device_footprint(config, tensors, model.prefix, layer.index, step, models=2),
-            shapes.CUBLAS + _solving_device(layer, "gptq") + shapes.gram_bytes(layer.linears),
+            shapes.CUBLAS + _solving_device(layer, way) + shapes.gram_bytes(layer.linears),
         )
         for layer in model.layers
     ]
     return Device(ram, max(found))
 
 
-def _solving_device(layer: LayerShape, rounding: str) -> int:
+def _solving_device(layer: LayerShape, way: Way) -> int:
     """Codes too stay on the device. What is tried of the largest linear, and for GPTQ the factoring of the widest Gram
     matrix, which holds five and a half of its size."""
     widest = max(cols for _, cols in layer.sizes)
-    tried = 26 * max(out * cols for out, cols in layer.sizes)
-    factored = 22 * widest * widest if rounding == "gptq" else 0
-    return 8 * layer.weights + shapes.gram_bytes(layer.linears) + max(tried, factored)
+    tried = (26 if way.moved or way.rounding == "gptq" else 16) * max(out * cols for out, cols in layer.sizes)
+    factored = 22 * widest * widest if way.rounding == "gptq" else 0
+    return way.held * layer.weights + shapes.gram_bytes(layer.linears) + max(tried, factored)

@@ -14,13 +14,18 @@ __all__ = [
     "BASE",
     "BASE_CUDA",
     "BASE_DEVICE",
+    "FACTORING",
     "KEPT",
+    "PROPAGATING",
     "STACKED",
+    "TORCH_CUDA",
+    "UNLOADED",
+    "WORKSPACES",
     "Linear",
     "Step",
     "comparison_footprint",
+    "device_base",
     "device_footprint",
-    "device_ram",
     "forward_footprint",
     "gram_bytes",
     "held_states",
@@ -31,9 +36,16 @@ __all__ = [
 ]
 
 BASE = 448 << 20  # torch for CPUs, transformers, and a model without weights
-BASE_CUDA = 868 << 20  # the same with a torch that was built for CUDA, used or not
-BASE_DEVICE = 1500 << 20  # and with a CUDA device in use (measured: 1430 to 1490)
-CUBLAS = 192 << 20  # workspaces on the device
+BASE_CUDA = 900 << 20  # the same with a torch that was built for CUDA, used or not
+TORCH_CUDA = 312 << 20  # more of such a torch alone, with its linear algebra (measured: 275 to load it, and 30)
+BASE_DEVICE = 1516 << 20  # and with a CUDA device in use (measured: 1430 to 1504)
+UNLOADED = 500 << 20  # of it: kernels that are loaded after the embedding is gone
+FACTORING = 400 << 20  # of it: Triton and what factors matrices, which plain rounding does not load (measured: 421)
+HALF = 112 << 20  # more for kernels of bfloat16 (measured: 113, 129)
+ROUTING = 144 << 20  # more for those that choose experts (measured: 119 to 126)
+PROPAGATING = 260 << 20  # more of a pass that solves (measured: 246)
+CUBLAS = 192 << 20  # workspaces on the device, and how far off the sums of a pass are
+WORKSPACES = 64 << 20  # of two threads, where the rest is known
 TOGETHER_CUDA = 8  # windows whose inputs are summed together on a device: in the bytes, so it is no setting
 STACKED = 1 << 21  # weights of linears of one input that are rounded as one matrix, at most
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -142,9 +154,10 @@ def forward_footprint(
     return step.base + held_states(config, step) + max(working + usual, parts.saving + usual, embedding)
 
 
-def device_ram(tensors: Mapping[str, tuple[int, ...]], step: Step) -> int:
-    """Peak RAM of a worker that runs a model's layers on a CUDA device, in bytes, without the hidden states."""
-    return BASE_DEVICE + step.stored * max(map(prod, tensors.values()))
+def device_base(tensors: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+    """RAM of a worker that has run a model's layers on a CUDA device, in bytes, without anything of the model."""
+    half = HALF if dtype != "float32" else 0
+    return BASE_DEVICE + half + (ROUTING if any(".experts." in name for name in tensors) else 0)
 
 
 def reverse_footprint(
@@ -185,7 +198,8 @@ def device_footprint(
     states = 2 * tokens * hidden * item
     window = 4 * step.length * (ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_WIDE * max(widths, default=hidden))
     working = parts.weights + models * (summed + states) + window + models * parts.grams
-    return CUBLAS + max(working, parts.weights + parts.reading, parts.grams + parts.grams // 2)
+    workspaces = CUBLAS if models else WORKSPACES
+    return workspaces + max(working, parts.weights + parts.reading, parts.grams + parts.grams // 2)
 
 
 def _read_widths(config: Mapping[str, Any], found: tuple[Linear, ...]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,14 +11,15 @@ from qbuild.calibration.extent import Device
 from qbuild.calibration.families import layer_count, layer_prefix
 from qbuild.calibration.shapes import (
     BASE,
-    BASE_DEVICE,
-    CUBLAS,
     ITEM,
+    WORKSPACES,
     Step,
+    device_base,
     device_footprint,
     forward_footprint,
     state_bytes,
 )
+from qbuild.quant.shapes import ITEM_SIZES
 
 __all__ = ["EXACT_ROWS", "ROWS", "Text", "evaluation", "on_device", "states", "states_bytes"]
 
@@ -28,7 +29,7 @@ EXACT_ROWS = 16  # of them those that are widened to float64
 EXACT_COPIES = 6
 COMPARED = 20  # bytes a weight of a matrix of a layer, as its error is told: itself, as it is stored, and fits of it
 UNPACKED = 12  # bytes a weight of a matrix on a device, while its codes become float32: beside itself in the layer
-SENT = 4  # bytes a weight of a tensor in RAM on its way to a device, twice that while a dequantized one is put in order
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # what is computed in, as safetensors name it
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,33 @@ def evaluation(config: Mapping[str, Any], tensors: Shapes, text: Text, *, dequan
     return (KERNELS if dequantized else 0) + kept + max(_layers(config, tensors, text), heads, matrix)
 
 
-def on_device(config: Mapping[str, Any], tensors: Shapes, text: Text, *, dequantized: bool) -> Device:
-    """Peaks of a worker that runs ``run.evaluate`` on a CUDA device."""
+def on_device(
+    config: Mapping[str, Any], tensors: Shapes, text: Text, *, source: str, targets: Collection[str]
+) -> Device:
+    """Peaks of a worker that runs ``run.evaluate`` on a CUDA device. ``source`` and ``targets``: dtypes of what is not
+    quantized, as safetensors name them: F32 of a target is a GGUF file, which is dequantized in RAM."""
     kept, prefix = states_bytes(config, text), layer_prefix(config, tensors)
     table, vocabulary = _table(config, tensors)
     matrices = (prod(shape) for name, shape in tensors.items() if name.startswith(prefix) and len(shape) == 2)
-    sent = SENT * max(map(prod, tensors.values()))
-    ram = BASE_DEVICE + 2 * kept + (KERNELS + 2 * sent if dequantized else sent)
+    widest = max(matrices, default=0)
+    sent = max(ITEM_SIZES[dtype] for dtype in (source, *targets)) * max(map(prod, tensors.values()))
+    if "F32" in targets:  # a matrix of a layer is there twice while its rows are put in order
+        sent = KERNELS + max(sent, 8 * widest)
     step = Step(text.windows, text.length, text.dtype, gram=False, stored=UNPACKED)
     count = layer_count(config)
     layers = (device_footprint(config, tensors, prefix, layer, step, models=0) for layer in range(count))
+    held = _heads(ITEM[text.dtype], DTYPES[text.dtype], source, targets)
     logits = vocabulary * (2 * ROWS * ITEM[text.dtype] + EXACT_COPIES * EXACT_ROWS * 8)
-    read = 6 - ITEM[text.dtype]  # bytes a weight of a head that is stored in the other width
-    heads = CUBLAS + 2 * table * ITEM[text.dtype] + read * table + logits
-    matrix = CUBLAS + COMPARED * max(matrices, default=0)
-    return Device(ram, max(*layers, heads, matrix))
+    heads, matrix = WORKSPACES + held * table + logits, WORKSPACES + COMPARED * widest
+    return Device(device_base(tensors, text.dtype) + 2 * kept + sent, max(*layers, heads, matrix))
+
+
+def _heads(item: int, dtype: str, source: str, targets: Collection[str]) -> int:
+    """Bytes a weight of both models' heads, which are made one after the other, each first as it is stored, or of the
+    head as both store it while its error is told."""
+    read = {held: 0 if held == dtype else ITEM_SIZES[held] for held in (source, *targets)}
+    last = max(read[held] for held in targets)
+    return max(item + read[source], 2 * item + last, max(ITEM_SIZES[held] + ITEM_SIZES[source] for held in targets))
 
 
 def _layers(config: Mapping[str, Any], tensors: Shapes, text: Text) -> int:

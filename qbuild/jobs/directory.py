@@ -5,6 +5,7 @@ from __future__ import annotations
 from qbuild.actions.directory import KIND, Made, Task
 from qbuild.cache import ActionCache, ActionResult
 from qbuild.checkpoint import Reader
+from qbuild.heap import settle
 from qbuild.jobs import Emit, needed
 from qbuild.jobs.files import put
 from qbuild.quant.codes import Solved
@@ -15,6 +16,8 @@ __all__ = ["run"]
 
 
 def run(task: Task, store: Store, emit: Emit) -> Made:
+    settle()  # layers come and go
+
     def solved(layer: int) -> Solved:
         return Solved.from_bytes(needed(store, task.solved[layer]))
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from conftest import Run
 
+from qbuild import machine
 from qbuild.calibration.extent import forward_ram, model_shape
 from qbuild.calibration.shapes import BASE, Step
 from qbuild.errors import InputError
+from qbuild.machine import Gpu
 
 GIB = 1 << 30
 
@@ -56,6 +58,22 @@ def test_hidden_states_go_to_disk_where_they_do_not_fit(plan: Any, ram: int, spi
     assert found["spill"] is spilled
     assert found["temporary"] == 2 * 1024 * 512 * 4096 * 4
     assert all(step["ram"] < document["predicted"]["ram"] <= ram * GIB for step in document["steps"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_weights_of_a_float32_checkpoint_are_counted_as_they_are_read(
+    plan: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: (Gpu("NVIDIA H100", 80 * GIB, 79 * GIB),))
+    words = ["model=llama7b", "target=gptq/w4_g128", "budget.ram=32GiB", "budget.threads=1", f"device={device}"]
+    half, whole = (steps(plan(*words, f"model.config.torch_dtype={dtype}")) for dtype in ("float16", "float32"))
+    more = {kind: step["ram"] - half[kind]["ram"] for kind, step in whole.items()}
+    layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)  # bytes that it is larger by
+    # On a device a layer is read ahead of each: of a pass half of another is still there, of solving all.
+    assert more["quant.layer"] == (2 * layer if device == "cuda" else layer)
+    if device == "cuda":
+        assert more["calibration.statistics"] == 3 * layer // 2
+    assert more["checkpoint.directory"] == 0
 
 
 def test_fewer_windows_are_run_at_once_where_even_that_does_not_fit(plan: Any) -> None:

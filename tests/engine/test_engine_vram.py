@@ -58,8 +58,9 @@ def test_a_torch_that_was_built_for_cuda_takes_more_ram_on_the_cpu_too(
     for built in (False, True):
         monkeypatch.setattr(machine, "has_torch", lambda built=built: built)
         needs.append({step["kind"]: step["ram"] for step in qbuild(*WORDS, "device=cpu").document["steps"]})
-    for kind in ("calibration.statistics", "quant.layer", "checkpoint.directory"):
-        assert needs[1][kind] - needs[0][kind] == 420 << 20
+    more = {"calibration.statistics": 452, "quant.layer": 312, "checkpoint.directory": 280}  # MiB
+    for kind, expected in more.items():
+        assert needs[1][kind] - needs[0][kind] == expected << 20
 
 
 @pytest.mark.parametrize(

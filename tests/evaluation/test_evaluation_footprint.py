@@ -40,12 +40,26 @@ def test_states_are_counted_once_for_each_model() -> None:
     assert both[1] - both[0] == 2 * more
 
 
-@pytest.mark.parametrize(("dtype", "held"), [("float32", 4 + 2 + 4), ("bfloat16", 2 + 4 + 2)])
-def test_on_a_device_both_heads_are_counted_and_one_as_it_is_read(dtype: str, held: int) -> None:
-    """A bfloat16 head becomes float32, or a float32 one, which is what a GGUF file gives, bfloat16."""
+@pytest.mark.parametrize(
+    ("dtype", "source", "target", "held"),
+    [
+        ("float32", "BF16", "BF16", 4 + 2 + 4),
+        ("float32", "BF16", "F32", 4 + 4),
+        ("float32", "F32", "F16", 4 + 2 + 4),
+        ("bfloat16", "BF16", "BF16", 2 + 2),
+        ("bfloat16", "BF16", "F16", 2 + 2 + 2),
+        ("bfloat16", "BF16", "F32", 2 + 4 + 2),
+        ("bfloat16", "F32", "F32", 4 + 4),
+    ],
+)
+def test_on_a_device_both_heads_are_counted_and_one_as_it_is_read(
+    dtype: str, source: str, target: str, held: int
+) -> None:
+    """The source's, the target's as it is stored, and what that becomes where it is stored in another dtype; or both as
+    they are stored, to be compared."""
     ends = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in SHAPES]
     large = SHAPES | dict.fromkeys(ends, (1 << 10, 1 << 20))
-    vram = on_device(CONFIG, large, Text(4, 256, dtype), dequantized=True).vram
+    vram = on_device(CONFIG, large, Text(4, 256, dtype), source=source, targets=[target]).vram
     assert held << 30 < vram < (held + 1) << 30
 
 
