@@ -45,18 +45,22 @@ def stat_of(path: Path) -> os.stat_result | None:
 
 
 def disk_free(path: Path) -> int:
-    """Free bytes of the file system that holds ``path`` or would hold it."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    found = os.statvfs(path)
+    """Free bytes, for us, of the file system that holds ``path`` or would hold it."""
+    found = os.statvfs(_nearest(path))
     return found.f_bavail * found.f_frsize
 
 
 def may_write(path: Path) -> bool:
     """Whether a folder, or the nearest one above that exists, lets us write."""
-    while not path.exists() and path != path.parent:
+    found = _nearest(path)
+    return found.is_dir() and os.access(found, os.W_OK | os.X_OK)
+
+
+def _nearest(path: Path) -> Path:
+    """``path``, or the nearest folder above it that we see."""
+    while not os.access(path, os.F_OK) and path != path.parent:  # Path.exists raises in a folder that we cannot enter
         path = path.parent
-    return path.is_dir() and os.access(path, os.W_OK)
+    return path
 
 
 def disk_error(error: OSError, place: Path, needed: int = 0) -> StoreError:

@@ -93,6 +93,10 @@ class Index:
 
     def __init__(self, root: Path) -> None:
         self.root, self.path = root, root / "index.sqlite"
+        try:
+            self.path.exists()
+        except OSError as error:  # in a folder that we cannot enter
+            raise disk_error(error, root) from None
         self.writable = may_write(root)
         self._ready = False
         self._pid = os.getpid()

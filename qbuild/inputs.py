@@ -15,7 +15,7 @@ from pathlib import Path
 from qbuild.digest import Digest, Hasher, digest_bytes
 from qbuild.errors import InputChanged, InputError
 
-__all__ = ["InputFile", "changed", "copies", "folder_name", "write"]
+__all__ = ["InputFile", "changed", "copies", "exists", "folder_name", "readable", "write"]
 
 PART = 1 << 20  # bytes
 
@@ -30,14 +30,14 @@ class InputFile:
         """The file as it is now, of which a little is held at a time: it may be a text of a gigabyte. Raises InputError
         where it cannot be read."""
         hasher = Hasher()
-        with _readable(path), path.open("rb") as file:
+        with readable(path), path.open("rb") as file:
             while part := file.read(PART):
                 hasher.update(part)
         return cls(path, hasher.digest())
 
     def read(self) -> bytes:
         """Its bytes. Raises InputError where they are not those of the digest any more."""
-        with _readable(self.path):
+        with readable(self.path):
             data = self.path.read_bytes()
         if digest_bytes(data) != self.digest:
             raise changed(self.path)
@@ -50,12 +50,20 @@ def changed(path: Path, what: str = "") -> InputChanged:
     return InputChanged(str(path), fact, "run again when nothing writes it: nothing was made of the new bytes")
 
 
+def exists(path: Path) -> bool:
+    """Whether there is such a file or directory. Raises InputError where it lies in a folder that we cannot enter."""
+    with readable(path):
+        return path.exists()
+
+
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """The system's errors of reading ``path`` as InputError."""
     try:
         yield
     except OSError as error:
-        raise InputError(str(path), f"cannot be read: {error.strerror}", "check the file") from None
+        remedy = "check the path, and that it is yours to read"
+        raise InputError(str(path), f"cannot be read: {error.strerror}", remedy) from None
 
 
 def folder_name(folder: Path) -> str:

@@ -16,7 +16,6 @@ __all__ = [
     "Machine",
     "cache_dir",
     "cpu_count",
-    "disk_free",
     "environ",
     "gpus",
     "has_torch",
@@ -116,14 +115,6 @@ def memory_limit() -> int:
     if ceiling is not None:
         limits.append(max(0, ceiling - (_cgroup_value("memory.current") or 0)))
     return int(min(limits) * (1 - MARGIN))
-
-
-def disk_free(path: Path) -> int:
-    """Bytes free for us on the file system that holds ``path`` (or its nearest parent that exists)."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize
 
 
 def process_rss(pid: int) -> int:

@@ -43,7 +43,7 @@ from qbuild.calibrated import CalibratedTarget
 from qbuild.checkpoint import Checkpoint
 from qbuild.digest import Digest, digest_bytes
 from qbuild.errors import BudgetRefused, ConfigError, InputError
-from qbuild.fsutil import may_write
+from qbuild.fsutil import disk_free, may_write
 from qbuild.ggml import QTYPES
 from qbuild.gguffile import KV
 from qbuild.graph import Action, Input, Source
@@ -535,7 +535,7 @@ def resolve_budget(config: schema.Config, store: Path, out: Path, gpu: machine.G
         return auto if value == "auto" else parse_size(value, f"budget.{name}")
 
     ram, vram = size("ram", wanted.ram, here.memory), device.vram(config, gpu)
-    disk = size("disk", wanted.disk, min(machine.disk_free(store), machine.disk_free(out)))
+    disk = size("disk", wanted.disk, min(disk_free(store), disk_free(out)))
     return Budget(ram, vram, disk, here.cores if wanted.threads == "auto" else int(wanted.threads))
 
 
@@ -545,7 +545,7 @@ def _check_places(config: schema.Config, store: Path, out: Path) -> None:
     if not may_write(out):
         raise ConfigError(str(out), "is no folder that can be written", "choose another folder: out=DIRECTORY")
     for place, setting in ((store, "store.dir"), (out, "out")):
-        if config.budget.disk == "auto" and machine.disk_free(place) == 0:
+        if config.budget.disk == "auto" and disk_free(place) == 0:
             remedy = f"choose another folder: {setting}=DIRECTORY"
             raise BudgetRefused(str(place), "nothing is free on its file system", remedy)
 

@@ -24,6 +24,7 @@ from qbuild.checkpoint import (
     safetensors,
 )
 from qbuild.errors import InputError
+from qbuild.inputs import exists
 
 __all__ = ["open_source"]
 
@@ -35,7 +36,7 @@ def open_source(source: str, *, revision: str | None = None, fetch: bool = True,
     if source.startswith("pkg://"):
         return open_path(package_file(source), source)
     path = Path(source).expanduser()
-    if path.exists():
+    if exists(path):
         return open_path(path.absolute(), source)
     if re.fullmatch(HUB_ID, source) and path.suffix != ".gguf":
         return _Hub(source, revision, offline).open(fetch)

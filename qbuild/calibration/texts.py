@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qbuild.errors import InputError
+from qbuild.inputs import exists, readable
 
 __all__ = ["Document", "check", "documents", "files", "parsed"]
 
@@ -69,13 +70,15 @@ def parsed(contents: Mapping[Path, bytes], source: str) -> list[Document]:
 def files(source: str, *, fetch: bool, offline: bool = False) -> list[Path]:
     """The files of a source. Without ``fetch`` one on the Hub has none. Raises InputError."""
     path = Path(source).expanduser()
-    if not path.exists() and path.suffix not in SUFFIXES[:1] and (match := ON_HUB.fullmatch(source)):
+    there = exists(path)
+    if not there and path.suffix not in SUFFIXES[:1] and (match := ON_HUB.fullmatch(source)):
         return [_fetched(match[1], match[2], source, offline)] if fetch else []
-    if not path.exists():
+    if not there:
         raise InputError(source, "there is no such file or directory", KINDS)
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    with readable(path):
+        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not found:
         raise InputError(source, f"has no {', '.join(SUFFIXES)} files in it", KINDS)
     return found

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from store_kit import digest_of, packed
 
 from qbuild import fsutil, upkeep
 from qbuild.cache import ActionCache, ActionResult
+from qbuild.calibration.texts import files
 from qbuild.digest import Digest
-from qbuild.errors import StoreError
+from qbuild.errors import InputError, StoreError
+from qbuild.source import open_source
 from qbuild.store import Store
 
 MIB = 1 << 20
@@ -156,6 +159,31 @@ def test_store_that_cannot_be_made(tmp_path: Path):
     assert not store.has(digest_of(1)[1])
     with pytest.raises(StoreError, match="read-only"):
         store.put_bytes(b"x")
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this user cannot enter."""
+    folder, root = tmp_path / "locked", os.geteuid() == 0
+    folder.mkdir(mode=0)
+    if root:  # may enter all
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.setresuid(0, 0, 0)
+
+
+def test_a_folder_that_cannot_be_entered_is_an_error_and_no_bug(locked: Path):
+    with pytest.raises(StoreError, match="Permission denied") as caught:
+        Store(locked / "store")
+    assert "store.dir=" in caught.value.remedy
+    assert not fsutil.may_write(locked / "out")
+    assert fsutil.disk_free(locked / "out") > 0
+    for use in (open_source, partial(files, fetch=False)):
+        with pytest.raises(InputError, match="cannot be read: Permission denied"):
+            use(str(locked / "model.gguf"))
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS])
