@@ -42,10 +42,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Made:
-    """What the pass did: per layer the statistics' digest and the seconds; warnings have been shown."""
+    """What the pass did: per layer the statistics' digest; warnings have been shown."""
 
     digests: Mapping[int, Digest]
-    seconds: Mapping[int, float]
     read_bytes: int
 
 

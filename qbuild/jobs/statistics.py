@@ -18,17 +18,16 @@ __all__ = ["run"]
 
 
 def run(task: Task, store: Store, emit: Emit) -> Made:
-    cache, made, seconds = ActionCache(store), {}, {}
+    cache, made = ActionCache(store), {}
     windows = tokens.Packed.from_bytes(needed(store, task.tokens)).ids
     began = time.monotonic()
     with Tensors(task.checkpoint) as read:
 
-        def save(layer: int, data: bytearray, spent: float) -> None:
+        def save(layer: int, data: bytearray, _seconds: float) -> None:
             kept = Statistics.from_bytes(data, grams=False)
             for notice in notices(layer, kept.inputs, kept.unreached):
                 emit({"event": "message", "level": "warning", "text": notice})
             made[layer] = store.put_bytes(data)
-            seconds[layer] = spent
             cache.put(task.keys[layer], ActionResult(KIND, (made[layer],), inputs=(task.tokens,)))
             progress(layer + 1, f"layer {layer}")
 
@@ -54,4 +53,4 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
             save,
         )
     shutil.rmtree(task.states, ignore_errors=True)
-    return Made(made, seconds, read.reader.bytes_read)
+    return Made(made, read.reader.bytes_read)
