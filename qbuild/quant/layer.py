@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from qbuild.calibration.shapes import STACKED
+from qbuild.errors import ActionFailed
 from qbuild.heap import trim
 from qbuild.quant.codes import Codes, Solved
 from qbuild.quant.families import Group
@@ -119,8 +120,18 @@ def _coded(
         if how is None or known is None or known is not of:
             how, of = _way(weights[0], known, scale, params, team), known
         made = how(torch.cat(weights) if len(weights) > 1 else weights[0], names[0])
-        codes |= zip(names, made.split([len(weight) for weight in weights]), strict=True)
+        parts = made.split([len(weight) for weight in weights])
+        for name, weight, part in zip(names, weights, parts, strict=True):
+            codes[name] = _held(name, weight, part)
     return codes
+
+
+def _held(name: str, weight: torch.Tensor, made: Codes) -> Codes:
+    """Codes whose scales float16 can hold. Raises ActionFailed."""
+    if made.scales.isfinite().all() and made.scales.all():
+        return made
+    fact = f"has weights up to {weight.abs().max().item():g}, and a group's scale is outside float16's range"
+    raise ActionFailed(name, fact, "choose a file that holds them as they are: target=gguf/bf16")
 
 
 def _stacks(

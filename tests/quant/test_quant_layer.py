@@ -14,6 +14,7 @@ import transformers
 from torch.nn.functional import linear as apply
 
 from qbuild.calibration.shapes import linears
+from qbuild.errors import ActionFailed
 from qbuild.quant.codes import Codes, Solved
 from qbuild.quant.families import Group, groups
 from qbuild.quant.gptq import curvature, gptq
@@ -329,6 +330,23 @@ def layer(params: Params) -> Solved:
     config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
     wanted = [f"{prefix}self_attn.{n}_proj" for n in shapes]
     return solve(tensors, lambda _: seen, groups(config, prefix, tensors, wanted), params)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_weights_whose_scale_is_beyond_float16_are_refused_and_named(rounding: str, symmetric: bool) -> None:
+    name, weight = "model.layers.0.mlp.down_proj", weights(8, 64)
+    seen, params = Seen(torch.eye(64), torch.ones(64), 64), Params(Grid(4, 32, symmetric), False, rounding)
+
+    def made() -> Solved:
+        return solve({f"{name}.weight": weight}, lambda _: seen, [Group((name,), None, "norm")], params)
+
+    weight[3, 40] = 60000 * 7.0  # just within
+    assert made().codes[name].dequantize()[3, 40] == pytest.approx(60000 * 7, rel=0.1)
+    weight[3, 40] = 3e6  # too large for the narrowest range that is tried
+    with pytest.raises(ActionFailed, match=r"weights up to 3e\+06, and .* outside float16") as caught:
+        made()
+    assert caught.value.place == name
 
 
 def test_what_scaling_changed_comes_back_in_its_own_type() -> None:
