@@ -34,6 +34,7 @@ SMALL = 96 << 20  # of one phase's small tensors that the allocator keeps throug
 TORCH_RAM = 296 << 20  # a worker with torch, its linear algebra and what layers leave (measured: 236 to 255, and 30)
 LOOPS_RAM = 96 << 20  # numba, with GPTQ's loops from its cache, and what threads keep (measured: 75 to 85)
 TRIED_SCALES, TRIED_ROWS = 9, 1024  # by the search of AWQ's scales, on so many rows of a linear, evenly chosen
+TRIED_AT_ONCE = 5  # of them, a thread each
 SOLVED_ROWS = 320  # of a linear that a thread rounds at a time: whole vectors of rows, and no power of two
 SWEEPS = 3  # of coordinate descent
 TRIED_COPIES, ROUNDED_COPIES, CLIPPED_COPIES = 6, 8, 28  # float32, of the rows that threads are at, freed ones too
@@ -178,7 +179,8 @@ def _solving(layer: LayerShape, way: Way, threads: int) -> int:
     """Weights and codes, Gram matrices, and the larger of what follows one another: scales that are tried, a thread
     each, or a matrix that is factored, and rows that threads round by it."""
     rounding = way.rounding
-    tried = TRIED_COPIES * max(_in_hand(out, cols, threads) for out, cols in layer.sizes)
+    scales = min(threads, TRIED_AT_ONCE)
+    tried = TRIED_COPIES * scales * max(min(out, SOLVED_ROWS) * cols for out, cols in layer.sizes)
     copies = ROUNDED_COPIES if rounding == "gptq" else CLIPPED_COPIES
     stacks = [size for size in _stacked(layer) if prod(size) <= shapes.STACKED] if rounding == "gptq" else []
     rounded = copies * max(_in_hand(out, cols, threads) for out, cols in (*layer.sizes, *stacks))
