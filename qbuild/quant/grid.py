@@ -91,7 +91,7 @@ def _rows(weight: torch.Tensor) -> int:
 def _fit(grouped: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     high, low = ends(grouped, grid)
     best = torch.full_like(high, float("inf"))
-    scales, zeros = torch.empty_like(high), torch.empty_like(high)
+    scales, zeros = torch.zeros_like(high), torch.zeros_like(high)  # where no range has a finite loss
 
     def attempt(scale: torch.Tensor, zero: torch.Tensor) -> None:
         values = quantize(grouped, scale[..., None], zero[..., None], grid.top)[1]
@@ -118,7 +118,7 @@ def clipped(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> tuple[torch
     blocks = torch.stack([gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(count)])
     widest, (high, low) = grouped.abs().amax(-1), ends(grouped, grid)
     best = torch.full_like(high, float("inf"))
-    scales, zeros = torch.empty_like(high), torch.empty_like(high)
+    scales, zeros = torch.zeros_like(high), torch.zeros_like(high)  # where no range has a finite loss
     for step in range(CLIPS):
         limit = widest * (1 - CLIP_STEP * step)
         scale, zero = grid.at(high.clamp(-limit, limit), low.clamp(-limit, limit))
