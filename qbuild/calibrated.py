@@ -29,6 +29,7 @@ from qbuild.backends.environment import Environment, environment
 from qbuild.backends.run import suit
 from qbuild.budget import parse_size
 from qbuild.calibration import extent
+from qbuild.calibration.families import learned_positions
 from qbuild.calibration.imatrix import shapes as entry_shapes
 from qbuild.calibration.texts import documents, files
 from qbuild.checkpoint import Checkpoint
@@ -138,6 +139,10 @@ class Calibration:
     def _tokens(self, name: str, wanted: schema.CalibrationConf | schema.EvaluationConf) -> Output:
         begin = isinstance(wanted, schema.EvaluationConf)
         params = tokens.Params(int(wanted.samples), int(wanted.length), wanted.seed, begin)
+        limit = learned_positions(self.checkpoint.config)
+        if limit is not None and params.length > limit:
+            place = f"{'evaluation' if begin else 'calibration'}.length"
+            raise ConfigError(place, f"{params.length} tokens, the model has {limit} positions", f"{place}={limit}")
         vocabulary = [(name, self._side_file(name)) for name in tokens.TOKENIZER if name in self.checkpoint.aux]
         texts = _texts(wanted.source or tokens.BUILTIN, fetch=self.fetch, offline=self.config.offline)
         return self.graph.add(Action(name, tokens.KIND, params, (*texts, *vocabulary)))

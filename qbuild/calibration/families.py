@@ -8,7 +8,7 @@ from typing import Any
 
 from qbuild.errors import InputError
 
-__all__ = ["hidden_size", "layer_count", "layer_names", "layer_prefix", "text_config"]
+__all__ = ["hidden_size", "layer_count", "layer_names", "layer_prefix", "learned_positions", "text_config"]
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # the names that configs give to the number of decoder layers
 WIDTHS = ("hidden_size", "n_embd", "d_model")  # and to the width of the hidden states
@@ -32,6 +32,12 @@ def layer_count(config: Mapping[str, Any]) -> int:
 def hidden_size(config: Mapping[str, Any]) -> int:
     """The width of the hidden states. Raises InputError where the config does not say."""
     return _number(config, WIDTHS, "how wide hidden states are", "calibration needs it to plan its memory")
+
+
+def learned_positions(config: Mapping[str, Any]) -> int | None:
+    """The tokens a window can have at most: the rows of GPT-2's table of positions. None: positions are computed."""
+    found = text_config(config).get("n_positions")
+    return found if isinstance(found, int) else None
 
 
 def _number(config: Mapping[str, Any], keys: Sequence[str], what: str, remedy: str) -> int:

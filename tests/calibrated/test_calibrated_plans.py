@@ -106,6 +106,23 @@ def test_a_refusal_names_the_step_that_needs_most_and_its_remedies_work(qbuild: 
         assert qbuild(*kept, override).code == 0
 
 
+def test_a_window_that_a_table_of_positions_does_not_hold_is_refused(qbuild: Run) -> None:
+    words = (
+        "plan",
+        "model=llama7b",
+        "target=imatrix",
+        "budget.disk=200GiB",
+        "format=json",
+        "+model.config.n_positions=256",
+    )
+    refused = qbuild(*words)
+    assert refused.code == 2
+    assert (refused.error["place"], refused.error["remedy"]) == ("calibration.length", "calibration.length=256")
+    assert qbuild(*words, "calibration.length=256").code == 0
+    measured = qbuild(*words, "calibration.length=256", "evaluation.source=builtin", "evaluation.length=257")
+    assert measured.error["place"] == "evaluation.length"
+
+
 def test_a_model_whose_config_names_its_width_otherwise_is_planned() -> None:
     config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2}
     tensors = {"wte.weight": (128, 64)} | {f"h.{n}.mlp.c_fc.weight": (64, 256) for n in range(2)}
