@@ -109,6 +109,23 @@ def test_calibration_without_a_text_of_ones_own_is_told(project: Path, qbuild: R
     assert qbuild(*words, "target=gguf/q4_k_m").document["notices"] == []
 
 
+@pytest.mark.parametrize(
+    ("word", "fact", "remedy"),
+    [
+        ("calibration.samples=many", "'many' is not a whole number", "calibration.samples=8"),
+        ("calibration.seed=1.5", "'1.5' is not a whole number", "calibration.seed=8"),
+        ("rebuild=perhaps", "'perhaps' is not true or false", "rebuild=true"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_with_one_that_is_right(
+    project: Path, qbuild: Run, word: str, fact: str, remedy: str
+) -> None:
+    done = qbuild("plan", "model=tinyllama1b", "target=gguf/q8_0", word, "format=json")
+    assert (done.code, done.error["place"]) == (2, word.partition("=")[0])
+    assert (done.error["fact"], done.error["remedy"]) == (fact, remedy)
+    assert qbuild("plan", "model=tinyllama1b", "target=gguf/q8_0", remedy, "format=json").code == 0
+
+
 def test_what_the_parser_finds_is_no_key(project: Path, qbuild: Run) -> None:
     done = qbuild("plan", "model=tinyllama1b", "target=gguf/q8_0", "+unchosen=[q4_k_m]", "format=json")
     assert done.error["fact"] == "there is no such key"
