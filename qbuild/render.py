@@ -114,8 +114,11 @@ def result(document: Document) -> str:
     ran = totals["computed"] or any(totals.get("actions", {}).values())
     if not ran and not any(t["verdicts"].get("run") for t in targets.values()):
         return _text([*lines, "nothing to do", *_notices(document)])
+    took = f"done in {duration(totals['wall_seconds'])}"
+    if not totals["read_bytes"] and not totals["written_bytes"]:  # what an evaluation reads is not counted
+        return _text([*lines, took])
     moved = f"read {format_size(totals['read_bytes'])}, wrote {format_size(totals['written_bytes'])}"
-    return _text([*lines, f"done in {duration(totals['wall_seconds'])}: {moved}"])
+    return _text([*lines, f"{took}: {moved}"])
 
 
 def _needed(made: Document) -> list[str]:

@@ -100,6 +100,9 @@ def test_the_memory_of_an_evaluation_is_told_beside_that_of_the_files() -> None:
     evaluation = needed | {"verdicts": {"run": 1, "hit": 1}, "targets": {"q4_k_m": measured}}
     text = render.result(result(run=260, hit=12) | {"evaluation": evaluation})
     assert re.fullmatch(r"evaluation +- +- +1 +1 +25.0 +585.0 MiB +600.0 MiB", text.splitlines()[2])
+    alone = result(hit=272) | {"evaluation": evaluation}
+    alone["totals"] |= {"read_bytes": 0, "written_bytes": 0, "actions": {"evaluation.result": 1}}
+    assert render.result(alone).endswith("done in 14 s\n")
     null = render.result(result(hit=272) | {"evaluation": evaluation | {"verdicts": {"hit": 2}}})
     assert "evaluation" not in null
 
