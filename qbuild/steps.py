@@ -268,7 +268,7 @@ class _Planner:
             threads=step.threads,
             spill=step.spill,
             work=work,
-            notes=(f"one pass for each target over {_how(step)}",),
+            notes=(f"three forward passes for each target over {_how(step)}",),
         )
 
     @property
