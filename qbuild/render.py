@@ -213,8 +213,11 @@ def verified(document: Document) -> str:
 
 
 def collected(document: Document) -> str:
-    """What gc freed, or would free."""
-    lines = [f"{format_size(item['frees']):>10}  {_short(item['path'])}: {item['why']}" for item in document["items"]]
+    """What gc freed, or would free: a line for each reason, since a model has a file for every layer or tensor."""
+    together: dict[str, list[int]] = {}
+    for item in document["items"]:
+        together.setdefault(item["why"], []).append(item["frees"])
+    lines = [f"{format_size(sum(sizes)):>10}  in {len(sizes)}: {why}" for why, sizes in together.items()]
     verb = "would free" if document["dry_run"] else "freed"
     return _text([*lines, f"{verb} {format_size(document['freed'])}, {format_size(document['kept'])} stay"])
 

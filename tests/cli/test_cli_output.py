@@ -159,6 +159,16 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_what_gc_frees_has_a_line_for_a_reason_and_not_for_each_layer() -> None:
+    layers = [{"path": f"/s/{n}", "frees": 2 << 20, "why": "quant.layer, no output needs it"} for n in range(30)]
+    items = [*layers, {"path": "/s/p", "frees": 1 << 10, "why": "an unfinished file"}]
+    document = {"dry_run": True, "freed": (60 << 20) + (1 << 10), "kept": 1 << 30, "items": items}
+    first, second, last = render.collected(document).splitlines()
+    assert first.split() == ["60.0", "MiB", "in", "30:", "quant.layer,", "no", "output", "needs", "it"]
+    assert second.split() == ["1.0", "KiB", "in", "1:", "an", "unfinished", "file"]
+    assert last == "would free 60.0 MiB, 1.0 GiB stay"
+
+
 def test_a_line_tells_a_number_once_and_one_file_is_no_files() -> None:
     stream = io.StringIO()
     shown = Lines(stream)
