@@ -509,7 +509,13 @@ _KINDS = {
     dict: "a mapping",
     tuple: "a list",
 }
-_EXAMPLES = {bool: "write true or false", str: "quote it if it must be text", tuple: "write a list: [1, 2]"}
+_EXAMPLES = {
+    bool: "write true or false",
+    int: "write a whole number: 8",
+    float: "write a number: 0.1",
+    str: "quote it if it must be text",
+    tuple: "write a list: [1, 2]",
+}
 
 
 def _shown(value: Any) -> str:

@@ -12,7 +12,11 @@ from qbuild.errors import ConfigError
 __all__ = ["translated"]
 
 NOISE = r"raised while composing|Error merging|_(key|type): ?|_type="
-KINDS = {"Integer": ("a whole number", "8"), "Float": ("a number", "0.1"), "bool": ("true or false", "true")}
+KINDS = {
+    "Integer": ("a whole number", "write a whole number: 8"),
+    "Float": ("a number", "write a number: 0.1"),
+    "bool": ("true or false", "write true or false"),
+}
 YAML_REMEDY = "check indentation and quotes"
 
 Names = Callable[[str], list[str]]  # what can be chosen in a config group
@@ -87,12 +91,12 @@ def _composition(error: Exception, overrides: list[str], names: Names) -> Config
         section = next((s for s, node in schema.sections().items() if node.__name__ == found[1]), "configuration")
         listed = ", ".join(f"{section}.{name}" for name in schema.keys(schema.sections().get(section, schema.Config)))
         return ConfigError(where + section, "is a group of keys, not a value", listed)
-    if (
-        key is not None
-        and (found := re.search(r"Value '(.*?)' (?:of|is) .*?\b(Integer|Float|bool)\b", text)) is not None
-    ):
-        kind, example = KINDS[found[2]]
-        return ConfigError(where + key[1], f"{found[1]!r} is not {kind}", f"{key[1]}={example}")
+    if re.search(r"[Cc]annot assign \w+ to Dict", text):
+        return ConfigError(where + "targets", "is a group of keys, not a value", "to choose targets: target=NAME")
+    wrong = re.search(r"Value '(.*?)' (?:of|is) .*?\b(Integer|Float|bool)\b", text)
+    if key is not None and wrong is not None:
+        kind, remedy = KINDS[wrong[2]]
+        return ConfigError(where + key[1], f"{wrong[1]!r} is not {kind}", remedy)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     facts = [line for line in lines if not re.search(NOISE, line)]
     fact = facts[0] if facts else type(error).__name__
