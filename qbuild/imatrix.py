@@ -82,7 +82,7 @@ def load(file: str) -> Imatrix:
             raise InputError(file, "is too large for an importance matrix", "name the right file")
         return parse(file, path.read_bytes())
     except OSError as error:
-        raise InputError(file, f"cannot be read: {error.strerror}", "make one with llama-imatrix") from None
+        raise InputError(file, f"cannot be read: {error.strerror}", "check the path, or make one with llama-imatrix") from None
 
 
 def parse(file: str, data: bytes) -> Imatrix:
