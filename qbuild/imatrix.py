@@ -82,7 +82,8 @@ def load(file: str) -> Imatrix:
             raise InputError(file, "is too large for an importance matrix", "name the right file")
         return parse(file, path.read_bytes())
     except OSError as error:
-        raise InputError(file, f"cannot be read: {error.strerror}", "check the path, or make one with llama-imatrix") from None
+        remedy = "check the path, or make one with llama-imatrix"
+        raise InputError(file, f"cannot be read: {error.strerror}", remedy) from None
 
 
 def parse(file: str, data: bytes) -> Imatrix:
