@@ -1,6 +1,6 @@
 """Seconds and peak memory of quantizing one decoder layer, for Llama shapes with made-up weights and activations.
 
-usage: bench_solve.py [SHAPE ...] [--device cpu] [--group 128] [--tokens 8192] [--loops]
+usage: bench_solve.py [SHAPE ...] [--device cpu] [--group 64] [--tokens 8192] [--loops]
 
 Each way runs twice and the second is timed: a device compiles and plans in the first. With --loops, on a CUDA device,
 the loops over columns in Triton stand beside a CPU's: codes that differ, microseconds a block of 128 columns.
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from bench_calibration import model_of
 
-from qbuild.calibration.extent import device_solve, model_shape
+from qbuild.calibration.extent import Way, device_solve, model_shape
 from qbuild.quant import columns
 from qbuild.quant.families import groups
 from qbuild.quant.grid import Grid
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", default=["135m"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--loops", action="store_true")
     options = parser.parse_args()
@@ -50,7 +50,7 @@ def main() -> None:
             run = partial(solve, work, seen.get, known, params)
             timed(run, options.device)
             seconds, peak = timed(run, options.device)
-            found = device_solve(shaped, params.rounding, shaped.code_bytes(4, options.group)).vram
+            found = device_solve(shaped, Way(params.rounding, params.scaled), shaped.code_bytes(4, options.group)).vram
             print(f"{shape} {name:<20} {seconds:7.2f} s, VRAM {peak >> 20} MiB of {found >> 20} predicted", flush=True)
     if options.loops:
         loops()
