@@ -61,7 +61,7 @@ MISSING = "not installed"
 NEVER = 1 << 62  # nothing was stored since then
 
 # Weights a second of one core, and bytes a second of a disk; replaced by this machine's own after its first build.
-TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 5e10, "solve": 4e10, "propagate": 4e10, "compare": 2e8}
+TYPICAL_RATE = {"read": 1e9, "write": 4e8, "forward": 5e10, "solve": 8e10, "propagate": 4e10, "compare": 2e8}
 TYPICAL_RATE |= {"forward cuda": 1e13, "solve cuda": 2e13, "propagate cuda": 1e13}
 TYPICAL_RATE |= {
     f"encode {name}": rate
