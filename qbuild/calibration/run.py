@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ __all__ = [
     "watched",
 ]
 
-Save = Callable[[int, bytearray, float], None]  # layer, Statistics.to_bytes(), seconds of work
+Save = Callable[[int, bytearray], None]  # layer, Statistics.to_bytes()
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,6 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
     ):
         model.prepare(task.tokens.shape[1])
         for index in range(states.ready, task.last + 1):
-            began = time.monotonic()
             if index < task.last:
                 reading.expect(model.layer_tensors(index + 1))
             if index < task.first:
@@ -85,7 +83,7 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
                 collector = _measured(task, model, index, states, pool)
                 saving.wait()  # two layers' statistics are enough to hold
                 made = collector.statistics()
-                saving.do(partial(_save, save, made, time.monotonic() - began))
+                saving.do(partial(_save, save, made))
                 del collector, made
                 trim()  # products in bfloat16 leave a MB with every layer
             if states.due(last=index == task.last):
@@ -93,8 +91,8 @@ def calibrate(task: Pass, read: Read, save: Save) -> None:
                 states.keep()
 
 
-def _save(save: Save, made: Statistics, seconds: float) -> None:
-    save(made.layer, made.to_bytes(), seconds)
+def _save(save: Save, made: Statistics) -> None:
+    save(made.layer, made.to_bytes())
 
 
 @contextmanager

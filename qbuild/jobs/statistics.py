@@ -23,7 +23,7 @@ def run(task: Task, store: Store, emit: Emit) -> Made:
     began = time.monotonic()
     with Tensors(task.checkpoint) as read:
 
-        def save(layer: int, data: bytearray, _seconds: float) -> None:
+        def save(layer: int, data: bytearray) -> None:
             kept = Statistics.from_bytes(data, grams=False)
             for notice in notices(layer, kept.inputs, kept.unreached):
                 emit({"event": "message", "level": "warning", "text": notice})

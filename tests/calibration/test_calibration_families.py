@@ -92,7 +92,7 @@ def statistics_of(folder: Path, tokens: np.ndarray, **settings: Any) -> list[Sta
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     found: list[Statistics] = []
     task = Pass(config, shapes, tokens, 0, config["num_hidden_layers"] - 1, folder / "states", **settings)
-    calibrate(task, tensors.__getitem__, lambda _layer, data, _seconds: found.append(Statistics.from_bytes(data)))
+    calibrate(task, tensors.__getitem__, lambda _layer, data: found.append(Statistics.from_bytes(data)))
     return found
 
 

@@ -82,7 +82,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     layers: list[Statistics] = []
     task = Pass(tiny.config, sizes(tiny), ids, 0, 2, tmp_path_factory.mktemp("states"), gram=False)
     weights = safetensors.torch.load_file(DATA / "tiny-llama" / "model.safetensors")
-    calibrate(task, weights.__getitem__, lambda _layer, data, _seconds: layers.append(Statistics.from_bytes(data)))
+    calibrate(task, weights.__getitem__, lambda _layer, data: layers.append(Statistics.from_bytes(data)))
     return dump(entries(tensor_specs(tiny), layers), ["text.txt"], len(ids), 64)
 
 

@@ -69,7 +69,7 @@ def task(tensors: Tensors, tokens: np.ndarray, tmp_path: Path) -> Pass:
 def saved(task: Pass, read: Callable[[str], torch.Tensor]) -> dict[int, bytearray]:
     """The statistics of every layer that a pass measured."""
     found: dict[int, bytearray] = {}
-    calibrate(task, read, lambda layer, data, _seconds: found.update({layer: data}))
+    calibrate(task, read, lambda layer, data: found.update({layer: data}))
     return found
 
 
@@ -203,7 +203,7 @@ def test_a_pass_cut_off_goes_on_with_the_same_bytes(
         request.getfixturevalue("overlapping")
     cut: dict[int, bytearray] = {}
 
-    def die_in_layer_2(layer: int, data: bytearray, _seconds: float) -> None:
+    def die_in_layer_2(layer: int, data: bytearray) -> None:
         if layer == 2:
             raise KeyboardInterrupt
         cut[layer] = data
