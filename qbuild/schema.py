@@ -141,6 +141,11 @@ def _optional_size(value: Any, place: str) -> None:
         parse_size(value, place)
 
 
+def _encoded(value: Any, place: str) -> None:
+    if value not in ENCODED:
+        raise ConfigError(place, f"{value!r} is not a type of weights", close(str(value), ENCODED))
+
+
 def _tensor_types(value: Any, place: str) -> None:
     for pattern, type_ in value.items():
         where = f"{place}.{pattern}"
@@ -148,8 +153,7 @@ def _tensor_types(value: Any, place: str) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(where, f"is not a regular expression: {error}", "e.g. attn_v: Q8_0") from None
-        if type_ not in ENCODED:
-            raise ConfigError(where, f"{type_!r} is not a type of weights", close(str(type_), ENCODED))
+        _encoded(type_, where)
 
 
 FLOAT32 = 3.4028235677973366e38  # numbers from here on are infinite there
@@ -157,8 +161,7 @@ FLOAT32 = 3.4028235677973366e38  # numbers from here on are infinite there
 
 def _fitting(value: Any, place: str) -> None:
     for type_ in value:
-        if type_ not in ENCODED:
-            raise ConfigError(place, f"{type_!r} is not a type of weights", close(str(type_), ENCODED))
+        _encoded(type_, place)
 
 
 def _bits(value: Any, place: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from qbuild import schema
 from qbuild.errors import ConfigError
 from qbuild.recipe import calibrated, calibrates
+from qbuild.running import IDLE
 from qbuild.schema import CalibrationConf, Config, Target
 
 __all__ = ["Build", "Member", "apart", "builds", "failing", "joined", "only", "share", "total"]
@@ -173,7 +174,7 @@ def _evaluation(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What builds took to measure their targets: memory at its largest, all else added."""
     if not parts:
         return None
-    memory = ("peak_ram", "predicted_ram", "peak_vram", "predicted_vram")
+    memory = IDLE.keys() - {"seconds"}
     added = _added([{key: part[key] for key in ("verdicts", "seconds")} for part in parts])
     return {**parts[0], **added, **{key: max(part[key] for part in parts) for key in memory}}
 

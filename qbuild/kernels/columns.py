@@ -49,6 +49,11 @@ def _clamped(v, low, high):
     return fmin(fmax(v, low), high)
 
 
+@inline
+def _code(value, scale, zero, top):
+    return _clamped(rint(value / scale) + zero, splat(_F32(0.0), LANES), splat(top, LANES))
+
+
 @kernel
 def fit(block, cost, shares, scales, zeros, size, width, top, symmetric, tiny):
     """The grid of one group of ``size`` columns: of ranges as wide as ``shares`` the one with the least squared error
@@ -84,11 +89,10 @@ def fit(block, cost, shares, scales, zeros, size, width, top, symmetric, tiny):
 
 @inline
 def _lost(block, cost, scale, zero, size, width, start, top):
-    total, least, most = splat(_F32(0.0), LANES), splat(_F32(0.0), LANES), splat(top, LANES)
+    total = splat(_F32(0.0), LANES)
     for at in range(size):
         value = load(block, at * width + start, LANES)
-        code = _clamped(rint(value / scale) + zero, least, most)
-        error = (code - zero) * scale - value
+        error = (_code(value, scale, zero, top) - zero) * scale - value
         total = total + error * error * cost[at]
     return total
 
@@ -96,12 +100,11 @@ def _lost(block, cost, scale, zero, size, width, start, top):
 @kernel
 def round_block(block, local, scales, zeros, groups, codes, errors, columns, width, top):
     """``local`` [columns, columns], ``groups`` [columns]: which row of ``scales`` and ``zeros`` each column takes."""
-    least, most = splat(_F32(0.0), LANES), splat(top, LANES)
     for start in range(0, width, LANES):
         for at in range(columns):
             here, grid = at * width + start, groups[at] * width + start
             value, scale, zero = load(block, here, LANES), load(scales, grid, LANES), load(zeros, grid, LANES)
-            code = _clamped(rint(value / scale) + zero, least, most)
+            code = _code(value, scale, zero, top)
             error = (value - (code - zero) * scale) / local[at * columns + at]
             store(codes, here, code)
             store(errors, here, error)

@@ -13,11 +13,9 @@ import numpy as np
 import torch
 
 from qbuild.kernels import columns as kernels
-from qbuild.quant.grid import NARROWEST, STEPS, TINY, WIDEST, Grid
+from qbuild.quant.grid import SHARES, TINY, Grid
 
 __all__ = ["fit", "improve", "laid_out", "round_block"]
-
-SHARES = np.array([WIDEST - (WIDEST - NARROWEST) * step / (STEPS - 1) for step in range(STEPS)], np.float32)
 
 
 def laid_out(weight: torch.Tensor) -> torch.Tensor:
@@ -33,12 +31,12 @@ def fit(columns: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.Te
     size, width = grid.size(len(columns)), columns.shape[1]
     groups = len(columns) // size
     scales, zeros = torch.empty(groups, width), torch.empty(groups, width)
-    weighed = _flat(cost.contiguous())
+    weighed, shares = _flat(cost.contiguous()), np.array(SHARES, np.float32)
+    top, tiny = np.float32(grid.top), np.float32(TINY)
     for group in range(groups):
         own = slice(group * size, (group + 1) * size)
         block, found = _flat(columns[own]), (_flat(scales[group]), _flat(zeros[group]))
-        top, tiny = np.float32(grid.top), np.float32(TINY)
-        kernels.fit(block, weighed[own], SHARES, *found, size, width, top, grid.symmetric, tiny)
+        kernels.fit(block, weighed[own], shares, *found, size, width, top, grid.symmetric, tiny)
     return scales, zeros
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Grid", "clipped", "ends", "fit", "nearest", "quantize"]
+__all__ = ["SHARES", "TINY", "Grid", "clipped", "ends", "fit", "nearest", "quantize"]
 
 TINY = 2.0**-24  # the least positive float16
-STEPS, WIDEST, NARROWEST = 16, 1.07, 0.4  # tried ranges, as shares of the whole one
+SHARES = tuple(1.07 - (1.07 - 0.4) * step / 15 for step in range(16))  # of a whole range, that are tried
 CACHED = 1 << 18  # weights
 CLIPS, CLIP_STEP = 10, 0.05
 
@@ -100,9 +100,8 @@ def _fit(grouped: torch.Tensor, cost: torch.Tensor, grid: Grid) -> tuple[torch.T
         for kept, tried in ((best, error), (scales, scale), (zeros, zero)):
             torch.where(better, tried, kept, out=kept)
 
-    for step in range(STEPS):
-        scale, zero = grid.at(high, low, WIDEST - (WIDEST - NARROWEST) * step / (STEPS - 1))
-        attempt(scale, zero)
+    for share in SHARES:
+        attempt(*grid.at(high, low, share))
     if not grid.symmetric:
         found = scales.clone(), zeros.clone()
         for step in (-1, 1):
